@@ -1,0 +1,42 @@
+"""The run file: what a server and an agent are told, checked before anything heavy is imported."""
+
+from splitfed.config.address import is_loopback, parse_address, refuse_plain_text
+from splitfed.config.agent import AgentConfig, AgentSection, DataSection, PrivacySection
+from splitfed.config.load import load_agent_config, load_server_config
+from splitfed.config.run import (
+    CodecName,
+    CodecSection,
+    FederationSection,
+    LoraSection,
+    ModelSection,
+    RunConfig,
+    RunIdentity,
+    TrainingSection,
+)
+from splitfed.config.section import Section, TlsSection
+from splitfed.config.server import RunSection, ServerConfig, ServerSection
+
+__all__ = [
+    "AgentConfig",
+    "AgentSection",
+    "CodecName",
+    "CodecSection",
+    "DataSection",
+    "FederationSection",
+    "LoraSection",
+    "ModelSection",
+    "PrivacySection",
+    "RunConfig",
+    "RunIdentity",
+    "RunSection",
+    "Section",
+    "ServerConfig",
+    "ServerSection",
+    "TlsSection",
+    "TrainingSection",
+    "is_loopback",
+    "load_agent_config",
+    "load_server_config",
+    "parse_address",
+    "refuse_plain_text",
+]

@@ -1,0 +1,71 @@
+"""The server's configuration file."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from splitfed.config.run import (
+    CodecSection,
+    FederationSection,
+    LoraSection,
+    ModelSection,
+    RunConfig,
+    RunIdentity,
+    TrainingSection,
+)
+from splitfed.config.section import ListeningAddress, LocalPath, Section, Threads, TlsSection
+
+
+class RunSection(RunIdentity):
+    """Which run this is, and where the server keeps it."""
+
+    directory: LocalPath
+    """Folder for the checkpoints, adapters and metrics of this run."""
+
+
+class ServerSection(Section):
+    """Where the daemon listens and what it may use."""
+
+    address: ListeningAddress = "127.0.0.1:50151"
+    """Address that agents connect to for training."""
+    fed_address: ListeningAddress | None = None
+    """Address for adapters; left out = the same as address."""
+    threads: Threads = None
+    """CPU threads for arithmetic; left out = the library's choice."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port for Prometheus metrics on loopback; left out = none."""
+
+
+class ServerConfig(Section):
+    """Everything in a server's file."""
+
+    run: RunSection
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    training: TrainingSection = TrainingSection()
+    federation: FederationSection = FederationSection()
+    codecs: CodecSection = CodecSection()
+    server: ServerSection = ServerSection()
+    tls: TlsSection | None = None
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run in every message."""
+        return self.run.name
+
+    def shared(self) -> RunConfig:
+        """Give what agents are told: nothing about this machine, so a base folder is known by its name only."""
+        base = Path(self.model.base)
+        return RunConfig(
+            run=RunIdentity(name=self.run.name, seed=self.run.seed),
+            model=self.model.model_copy(update={"base": base.name}) if base.is_absolute() else self.model,
+            lora=self.lora,
+            training=self.training,
+            federation=self.federation,
+            codecs=self.codecs,
+        )
+
+    def shared_json(self) -> str:
+        """Give ``shared()`` as JSON, which ``RunConfig.model_validate_json`` reads back on the agent."""
+        return self.shared().model_dump_json()
