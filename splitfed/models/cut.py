@@ -1,0 +1,99 @@
+"""The surgery on a model: a copy of its module tree with fewer blocks, around the very same parameters."""
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from splitfed.models.families import Family, family_of
+
+# Configuration entries with one value a block, by any family's name for them.
+_PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+class Absent(nn.Module):
+    """Stands for a token embedding which another segment holds."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refuse: hidden states enter through ``inputs_embeds``.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("This segment holds no embeddings; give it hidden states.")
+
+
+class NoPositions(nn.Module):
+    """Stands for learned positions which the bottom has already added."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return a zero which broadcasts over hidden states."""
+        return torch.zeros(())
+
+
+def block_list_name(model: PreTrainedModel) -> str:
+    """Name the block list as parameter names spell it, such as ``model.layers``."""
+    return f"{model.base_model_prefix}.{family_of(model.config.model_type).blocks}"
+
+
+def cut(
+    model: PreTrainedModel, family: Family, *, blocks: range, has_embeddings: bool, has_head: bool
+) -> PreTrainedModel:
+    """Copy a model's module tree with some of its blocks, sharing parameters and buffers.
+
+    The copy is ``copy.deepcopy`` with a prepared memo: tensors stand for themselves, configurations for their cut
+    copies, and modules which the segment does not hold for pass-throughs.
+
+    Args:
+        model: The whole model.
+        family: Where it keeps its parts.
+        blocks: Indices of the blocks to keep.
+        has_embeddings: Whether embeddings, and what follows them, are kept.
+        has_head: Whether the final norm and the head are kept.
+
+    Returns:
+        A model of the same class.
+    """
+    base = model.base_model
+    block_list = base.get_submodule(family.blocks)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) not in memo:
+            memo[id(config)] = _cut_config(config, blocks, n_blocks=len(block_list))
+    if not has_embeddings:
+        tokens, *positions = (base.get_submodule(name) for name in family.embeddings)
+        memo[id(tokens)] = Absent()
+        memo.update({id(table): NoPositions() for table in positions})
+        memo.update({id(base.get_submodule(name)): nn.Identity() for name in family.bottom_only})
+    if not has_head:
+        beyond = [child for child in model.children() if child is not base]
+        if family.final_norm is not None:
+            beyond.append(base.get_submodule(family.final_norm))
+        memo.update({id(module): nn.Identity() for module in beyond})
+    memo[id(block_list)] = nn.ModuleList(_copy_block(block_list[index], blocks.start, memo) for index in blocks)
+    segment = copy.deepcopy(model, memo)
+    segment._tied_weights_keys = {}
+    segment.all_tied_weights_keys = {}
+    return segment
+
+
+def _cut_config(config: PreTrainedConfig, blocks: range, *, n_blocks: int) -> PreTrainedConfig:
+    cut_config = copy.deepcopy(config)
+    for entry in _PER_BLOCK_ENTRIES:
+        values = getattr(config, entry, None)
+        if isinstance(values, list | tuple) and len(values) == n_blocks:
+            setattr(cut_config, entry, values[blocks.start : blocks.stop])
+    cut_config.num_hidden_layers = len(blocks)
+    return cut_config
+
+
+def _copy_block(block: nn.Module, first: int, memo: dict[int, Any]) -> nn.Module:
+    block = copy.deepcopy(block, memo)
+    for module in block.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx -= first  # the cache counts a segment's own blocks
+    return block

@@ -1,0 +1,181 @@
+"""Bottom, trunk and top: what each takes and returns.
+
+Shapes: B sequences, T tokens, D hidden, V vocabulary.
+"""
+
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from splitfed.models.cut import block_list_name
+
+SegmentKind = Literal["bottom", "trunk", "top"]
+
+
+class Segment(nn.Module):
+    """Some consecutive blocks of a causal language model, as a model of the same class.
+
+    Attributes:
+        kind: Which of the three.
+        blocks: The segment's blocks, as indices in the whole model.
+        model: The model's own class with these blocks only; it shares the whole model's parameters.
+    """
+
+    kind: SegmentKind
+
+    def __init__(self, model: PreTrainedModel, *, blocks: range) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.model = model
+        self._block_list_name = block_list_name(model)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The segment's own configuration: block count and per-block lists are the segment's."""
+        return self.model.config
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the size of what crosses a split point."""
+        return int(self.config.hidden_size)
+
+    def new_cache(self) -> Cache:
+        """An empty key-value cache of this segment's blocks, to pass as ``past_key_values``."""
+        return DynamicCache(config=self.config)
+
+    def whole_model_name(self, name: str) -> str:
+        """Translate a parameter name of ``model`` to the whole model's name (block indices restored)."""
+        head, found, tail = name.partition(f"{self._block_list_name}.")
+        if not found or head:
+            return name
+        index, dot, rest = tail.partition(".")
+        return f"{self._block_list_name}.{int(index) + self.blocks.start}{dot}{rest}"
+
+    def _hidden_states(
+        self,
+        *,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        output = self.model.base_model(
+            **inputs,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            **({} if position_ids is None else {"position_ids": position_ids}),
+        )
+        return cast(Tensor, output[0])
+
+
+class Bottom(Segment):
+    """Embeddings and first blocks: tokens to smashed data."""
+
+    kind = "bottom"
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Run tokens up to the first split point.
+
+        Args:
+            input_ids: Token ids, shape [B, T].
+            attention_mask: 1 for a token and 0 for padding, shape [B, past + T].
+            position_ids: Positions, shape [B, T]; the family's own rule where absent.
+            past_key_values: This segment's cache (``new_cache``), extended in place.
+
+        Returns:
+            Smashed data, shape [B, T, D].
+        """
+        return self._hidden_states(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
+
+
+class Trunk(Segment):
+    """Middle blocks: smashed data to trunk output."""
+
+    kind = "trunk"
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """Run smashed data up to the second split point.
+
+        Args:
+            hidden_BTD: Smashed data, shape [B, T, D].
+            attention_mask: 1 for a token and 0 for padding, shape [B, past + T].
+            position_ids: Positions, shape [B, T]; the family's own rule where absent.
+            past_key_values: This segment's cache (``new_cache``), extended in place.
+
+        Returns:
+            Trunk output, shape [B, T, D], before the final norm.
+        """
+        return self._hidden_states(
+            inputs_embeds=hidden_BTD,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
+
+
+class Top(Segment):
+    """Last blocks, final norm and head: trunk output to logits and loss."""
+
+    kind = "top"
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the trunk output to the family's own causal-LM output.
+
+        Args:
+            hidden_BTD: Trunk output, shape [B, T, D].
+            attention_mask: 1 for a token and 0 for padding, shape [B, past + T].
+            position_ids: Positions, shape [B, T]; the family's own rule where absent.
+            past_key_values: This segment's cache (``new_cache``), extended in place.
+            labels: Token ids to predict, not shifted, -100 where no loss is wanted, shape [B, T].
+            options: Further arguments of the family's forward (``num_items_in_batch``, ``logits_to_keep``).
+
+        Returns:
+            The family's output, with ``logits`` of shape [B, T, V] and ``loss`` where labels are given.
+
+        Raises:
+            ValueError: If router logits are asked for.
+        """
+        if options.get("output_router_logits"):
+            raise ValueError(
+                "output_router_logits=True needs the routers of every block in one place; "
+                "leave it out when the model is split."
+            )
+        options.setdefault("use_cache", past_key_values is not None)
+        if position_ids is not None:
+            options["position_ids"] = position_ids
+        output = self.model(
+            inputs_embeds=hidden_BTD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            labels=labels,
+            **options,
+        )
+        return cast(CausalLMOutputWithPast, output)
