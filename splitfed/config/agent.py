@@ -66,11 +66,16 @@ class DataSection(Section):
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Rows to read at most."""
 
-    @field_validator("path", "held_out_path")
+    @field_validator("held_out_path")
     @classmethod
-    def _resolve(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _resolve_file(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return value if value is None or info.context is None else str(beside_file(value, info))
+
+    @field_validator("path")
+    @classmethod
+    def _resolve_file_or_keep_id(cls, value: str, info: ValidationInfo) -> str:
         data_format = info.data.get("format")
-        if value is None or info.context is None or data_format == "hub":
+        if info.context is None or data_format == "hub":
             return value
         file = beside_file(value, info)
         is_hub_id = data_format == "auto" and HUB_ID.fullmatch(value) and not value.endswith(_DATA_SUFFIXES)
