@@ -16,6 +16,8 @@ from splitfed.config.section import (
     beside_file,
 )
 
+ClippingNorm = Annotated[float, Field(ge=1e-20, le=1e20)]
+
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
@@ -94,9 +96,9 @@ class PrivacySection(Section):
 
     noise_multiplier: Annotated[float, Field(ge=0)] = 0.02
     """Standard deviation of the noise ÷ sensitivity, for each release; 0 = nothing is guaranteed."""
-    clipping_norm_smashed: Annotated[float, Field(gt=0)] = 8.0
+    clipping_norm_smashed: ClippingNorm = 4.0
     """Largest L2 norm of one token's smashed data; longer ones are scaled down."""
-    clipping_norm_output_gradient: Annotated[float, Field(gt=0)] = 0.01
+    clipping_norm_output_gradient: ClippingNorm = 0.01
     """Largest L2 norm of one token's output gradient; longer ones are scaled down."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """The delta at which epsilon is stated."""
