@@ -2,6 +2,7 @@
 
 import copy
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,8 +11,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitfed.models.families import Family, family_of
 
-# Configuration entries with one value a block, by any family's name for them.
-_PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers")
+# Configuration entries with one value a block, by any family's name for them: cut with the blocks.
+_PER_BLOCK_ENTRIES = (
+    "attention_layers",
+    "indexer_types",
+    "layer_rope_theta",
+    "layer_types",
+    "layers_block_type",
+    "layers_num_experts",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+)
+# Block indices which the forward pass takes to the cache, and the cache counts a segment's own blocks. (What else
+# depends on a block's index was computed from the whole model's when the block was made.)
+_CACHE_INDICES = ("layer_idx", "layer_id")
 
 
 class Absent(nn.Module):
@@ -60,25 +75,38 @@ def cut(
     base = model.base_model
     block_list = base.get_submodule(family.blocks)
     memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig) and id(config) not in memo:
-            memo[id(config)] = _cut_config(config, blocks, n_blocks=len(block_list))
+    for config in _configs(model):
+        memo[id(config)] = _cut_config(config, blocks, n_blocks=len(block_list))
     if not has_embeddings:
-        tokens, *positions = (base.get_submodule(name) for name in family.embeddings)
-        memo[id(tokens)] = Absent()
-        memo.update({id(table): NoPositions() for table in positions})
-        memo.update({id(base.get_submodule(name)): nn.Identity() for name in family.bottom_only})
+        memo[id(base.get_submodule(family.tokens))] = Absent()
+        if family.positions is not None:
+            memo[id(base.get_submodule(family.positions))] = NoPositions()
+        memo.update(_pass_through(base, family.entry))
     if not has_head:
-        beyond = [child for child in model.children() if child is not base]
-        if family.final_norm is not None:
-            beyond.append(base.get_submodule(family.final_norm))
-        memo.update({id(module): nn.Identity() for module in beyond})
+        memo.update(_pass_through(base, family.exit))
+        memo.update({id(child): nn.Identity() for child in model.children() if child is not base})
     memo[id(block_list)] = nn.ModuleList(_copy_block(block_list[index], blocks.start, memo) for index in blocks)
     segment = copy.deepcopy(model, memo)
+    if not has_embeddings:
+        for name, value in family.neutral.items():
+            setattr(segment.base_model, name, value)
+        for config in _configs(segment):
+            for name, value in family.neutral_config.items():
+                setattr(config, name, value)
     segment._tied_weights_keys = {}
     segment.all_tied_weights_keys = {}
     return segment
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Each configuration object that some module of the model holds."""
+    held = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values())
+
+
+def _pass_through(base: nn.Module, names: tuple[str, ...]) -> dict[int, Any]:
+    modules = {name: attrgetter(name)(base) for name in names}
+    return {id(module): nn.Identity() for module in modules.values() if module is not None}
 
 
 def _cut_config(config: PreTrainedConfig, blocks: range, *, n_blocks: int) -> PreTrainedConfig:
@@ -94,6 +122,7 @@ def _cut_config(config: PreTrainedConfig, blocks: range, *, n_blocks: int) -> Pr
 def _copy_block(block: nn.Module, first: int, memo: dict[int, Any]) -> nn.Module:
     block = copy.deepcopy(block, memo)
     for module in block.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx -= first  # the cache counts a segment's own blocks
+        for attribute in _CACHE_INDICES:
+            if isinstance(getattr(module, attribute, None), int):
+                setattr(module, attribute, getattr(module, attribute) - first)
     return block

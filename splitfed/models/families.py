@@ -1,44 +1,161 @@
-"""What truly differs between decoder-only families: where the parts of a model are, and what may not be run twice.
+"""What truly differs between decoder-only families: where the parts of a model are, and what must not happen twice.
 
 A family that is not in ``FAMILIES`` is refused by name. It enters the table only together with a tiny configuration in
 ``tests/equivalence/tiny_models.py``, which proves it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from splitfed.errors import UnsupportedFamily
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its parts, relative to the base model (``model.base_model``).
+    """Where a family keeps its parts, as paths relative to the base model (``model.base_model``).
 
     Attributes:
-        blocks: Path of the block list.
-        final_norm: Path of the norm after the last block, or None where the family has none.
-        embeddings: Embedding tables which only the bottom holds; looked up, their sum enters the first block.
-        bottom_only: Other modules between embeddings and first block (dropout, norm, projection): they pass
-            through in trunk and top.
-        bottom_only_or_none: The same, where the family itself leaves the attribute None.
-        top_only: Modules after the final norm which only the top holds.
-        multipliers: Number attributes of the base model which scale the embeddings: 1 in trunk and top.
+        blocks: The block list.
+        tokens: The token embedding: only the bottom has one.
+        positions: The learned positions, where the model itself adds them: a zero in trunk and top.
+        entry: Modules between embeddings and first block (dropout, norm, projection): they pass through in trunk and top.
+        exit: Modules between last block and head (final norm, projection): they pass through in bottom and trunk.
+        neutral: Attributes between embeddings and first block (multiplier, dropout rate), each with the value that
+            passes hidden states through: set so in trunk and top.
+        neutral_config: The same for entries of the configuration.
+        routers: Linear layers of the blocks that route tokens to experts: not adapted unless named.
     """
 
     blocks: str = "layers"
-    final_norm: str | None = "norm"
-    embeddings: tuple[str, ...] = ("embed_tokens",)
-    bottom_only: tuple[str, ...] = ()
-    top_only: tuple[str, ...] = ()
-    multipliers: tuple[str, ...] = ()
+    tokens: str = "embed_tokens"
+    positions: str | None = None
+    entry: tuple[str, ...] = ()
+    exit: tuple[str, ...] = ("norm",)
+    neutral: Mapping[str, float] = field(default_factory=dict)
+    neutral_config: Mapping[str, float | bool] = field(default_factory=dict)
+    routers: tuple[str, ...] = ()
 
 
 _LLAMA_LIKE = Family()
+_SCALED = Family(neutral={"embedding_multiplier": 1.0})
+_GPT_LIKE = Family(blocks="h", tokens="wte", positions="wpe", entry=("drop",), exit=("ln_f",))
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "gpt2": Family(blocks="h", final_norm="ln_f", embeddings=("wte", "wpe"), bottom_only=("drop",)),
+    **dict.fromkeys(
+        (
+            "apertus",
+            "arcee",
+            "aria_text",
+            "axk1",
+            "bitnet",
+            "cohere",
+            "cohere2",
+            "cohere2_moe",
+            "cwm",
+            "deepseek_v2",
+            "deepseek_v3",
+            "diffllama",
+            "doge",
+            "dots1",
+            "ernie4_5",
+            "ernie4_5_moe",
+            "exaone4",
+            "exaone_moe",
+            "flex_olmo",
+            "flint",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "glm",
+            "glm4",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "gpt_oss",
+            "helium",
+            "hunyuan_v1_dense",
+            "hunyuan_v1_moe",
+            "hy_v3",
+            "jais2",
+            "jetmoe",
+            "kolibri1",
+            "laguna",
+            "llama",
+            "mellum",
+            "mimo_v2_flash",
+            "minicpm3",
+            "minimax_m2",
+            "ministral",
+            "ministral3",
+            "mistral",
+            "mixtral",
+            "moshi",
+            "nemotron",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "olmo_hybrid",
+            "olmoe",
+            "phi3",
+            "phimoe",
+            "qwen2",
+            "qwen2_moe",
+            "qwen3",
+            "qwen3_5_moe_text",
+            "qwen3_5_text",
+            "qwen3_moe",
+            "qwen3_next",
+            "seed_oss",
+            "smollm3",
+            "solar_open",
+            "stablelm",
+            "vaultgemma",
+            "youtu",
+            "bailing_hybrid",
+        ),
+        _LLAMA_LIKE,
+    ),
+    **dict.fromkeys(
+        (
+            "granite",
+            "granite_swa",
+            "granitemoe",
+            "granitemoe_swa",
+            "granitemoehybrid",
+            "granitemoeshared",
+            "hyperclovax",
+        ),
+        _SCALED,
+    ),
+    "afmoe": Family(neutral_config={"mup_enabled": False}),
+    "bamba": Family(exit=("final_layernorm",)),
+    "biogpt": Family(positions="embed_positions", exit=("layer_norm",), neutral={"dropout": 0.0}),
+    "bloom": Family(blocks="h", tokens="word_embeddings", entry=("word_embeddings_layernorm",), exit=("ln_f",)),
+    "codegen": Family(blocks="h", tokens="wte", entry=("drop",), exit=("ln_f",)),
+    "falcon": Family(blocks="h", tokens="word_embeddings", exit=("ln_f",)),
+    "falcon_h1": Family(exit=("final_layernorm",)),
+    "gpt2": _GPT_LIKE,
+    "gpt_bigcode": _GPT_LIKE,
+    "gpt_neo": _GPT_LIKE,
+    "gpt_neox": Family(tokens="embed_in", entry=("emb_dropout",), exit=("final_layer_norm",)),
+    "gpt_neox_japanese": Family(tokens="embed_in", exit=("final_layer_norm",)),
+    "gptj": Family(blocks="h", tokens="wte", entry=("drop",), exit=("ln_f",)),
+    "jamba": Family(exit=("final_layernorm",)),
+    "lfm2": Family(exit=("embedding_norm",)),
+    "lfm2_moe": Family(exit=("embedding_norm",)),
+    "lfm3": Family(exit=("embedding_norm",)),
+    "mpt": Family(blocks="blocks", tokens="wte", exit=("norm_f",)),
+    "openai-gpt": Family(blocks="h", tokens="tokens_embed", positions="positions_embed", entry=("drop",), exit=()),
+    "opt": Family(
+        blocks="decoder.layers",
+        tokens="decoder.embed_tokens",
+        positions="decoder.embed_positions",
+        entry=("decoder.project_in",),
+        exit=("decoder.final_layer_norm", "decoder.project_out"),
+    ),
+    "persimmon": Family(exit=("final_layernorm",)),
+    "phi": Family(entry=("embed_dropout",), exit=("final_layernorm",)),
+    "starcoder2": Family(neutral={"embedding_dropout": 0.0}),
+    "xglm": Family(positions="embed_positions", exit=("layer_norm",), neutral={"dropout": 0.0}),
 }
 
 
