@@ -35,7 +35,7 @@ test: $(STAMP) ## Run every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## Check style and formatting
+lint: $(STAMP) ## Check style, docstrings and formatting
 	$(BIN)/ruff check $(ARGS)
 	$(BIN)/ruff format --check
 
@@ -46,10 +46,6 @@ types: $(STAMP) ## Check types
 .PHONY: contracts
 contracts: $(STAMP) ## Check which package may import which
 	$(BIN)/lint-imports $(ARGS)
-
-.PHONY: docstrings
-docstrings: $(STAMP) ## Check docstrings against signatures
-	$(BIN)/pydoclint --quiet splitfed $(ARGS)
 
 .PHONY: proto
 proto: $(STAMP) ## Generate splitfed/proto/v1 from proto/

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: The words after ``splitfed``; left out = those that the process was started with.
     """
     try:
-        app(arguments)
+        app(arguments, prog_name="splitfed")
     except SplitFedError as error:
         typer.echo(f"splitfed: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)

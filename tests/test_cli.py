@@ -1,0 +1,98 @@
+"""The command line: what a person at a terminal sees."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import splitfed
+from splitfed import cli
+from splitfed.errors import DataError, SplitFedError
+
+HEAVY = ("torch", "transformers", "numpy", "grpc", "datasets", "matplotlib")
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "splitfed", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    program = (
+        "import sys, splitfed.cli\n"
+        "try:\n    splitfed.cli.main(['--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert "server" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_wrong_configuration_is_explained_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    program = (
+        "import sys, splitfed.cli\n"
+        "try:\n    splitfed.cli.main(['server', '--config', 'gone.toml'])\n"
+        "except SystemExit as end:\n    assert end.code == 2, end.code\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"
+    assert done.stderr == "splitfed: gone.toml: no such file; give the configuration's path with --config\n"
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    done = run("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"splitfed {splitfed.__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["server", "agent", "demo", "ledger"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"Usage: splitfed {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["server"], "--config"),
+        (["nosuch"], "nosuch"),
+        (["agent", "--config", "a.toml", "--nosuch"], "--nosuch"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_ends_with_status_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_resume_and_overwrite_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["server", "--config", "a.toml", "--resume", "--overwrite"])
+    assert ended.value.code == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(DataError("rows.csv:\n  is empty; give\n another file"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_an_error_in_service_is_one_sentence_and_never_a_traceback(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raise_error(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("splitfed.config.load_agent_config", raise_error)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["agent", "--config", "a.toml"])
+    assert ended.value.code == status
+    said = "splitfed: rows.csv: is empty; give another file\n" if isinstance(error, SplitFedError) else ""
+    assert capsys.readouterr().err == said

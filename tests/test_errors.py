@@ -1,0 +1,26 @@
+"""The tree of errors."""
+
+import inspect
+
+import pytest
+
+from splitfed import errors
+from splitfed.errors import ConfigError, SplitFedError, SplitPointError
+
+EVERY_ERROR = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, Exception)]
+
+
+@pytest.mark.parametrize("error", EVERY_ERROR)
+def test_every_error_is_in_the_tree_that_the_module_draws(error: type[Exception]) -> None:
+    assert issubclass(error, SplitFedError)
+    drawn = [line.strip(" ├└│─").split(" ")[0] for line in (errors.__doc__ or "").splitlines()]
+    assert drawn.count(error.__name__) == 1
+
+
+@pytest.mark.parametrize("error", EVERY_ERROR)
+def test_only_a_wrong_configuration_ends_a_command_with_status_2(error: type[SplitFedError]) -> None:
+    assert error.exit_code == (2 if issubclass(error, ConfigError) else 1)
+
+
+def test_a_wrong_split_point_is_also_a_wrong_argument() -> None:
+    assert issubclass(SplitPointError, ValueError)
