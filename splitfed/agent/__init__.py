@@ -1,0 +1,1 @@
+"""The daemon on a device: its loop, its gate, its state."""

@@ -1,0 +1,114 @@
+"""What a person sees of an agent: a progress bar at a terminal, plain log lines otherwise."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from splitfed.config import PrivacySection
+from splitfed.privacy import RELATION, UNIT
+
+_log = logging.getLogger(__name__)
+
+_LINES_A_ROUND = 5
+_MEGABYTE = 1e6
+
+
+class Progress:
+    """Reports an agent's work.
+
+    Args:
+        console: Where a bar is drawn if it is a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._bar: RichProgress | None = None
+        self._task: Any = None
+        if console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+
+    def policy(self, privacy: PrivacySection, *, is_training: bool) -> None:
+        """Say what the device's gate does."""
+        if privacy.noise_multiplier == 0:
+            _log.warning("noise is off (noise_multiplier = 0): nothing is guaranteed about what leaves this device")
+            return
+        _log.info(
+            "noise is on: multiplier %g, unit %s, relation %s, delta %g; smashed data clipped to %g a token, output "
+            "gradients to %g; %s",
+            privacy.noise_multiplier,
+            UNIT,
+            RELATION,
+            privacy.delta,
+            privacy.clipping_norm_smashed,
+            privacy.clipping_norm_output_gradient,
+            "the adapter update leaves unprotected" if is_training else "nothing is trained on this device",
+        )
+
+    def fetched(self, done_bytes: int, total_bytes: int) -> None:
+        """Report the fetching of the base model."""
+        tenth = max(total_bytes // 10, 1)
+        if done_bytes == total_bytes or done_bytes % tenth < done_bytes // 100:
+            _log.debug("base model: %.1f of %.1f MB", done_bytes / _MEGABYTE, total_bytes / _MEGABYTE)
+
+    def step_is_over(self, round: int, rounds: int, step: int, steps: int, loss: float) -> None:
+        """Report a local step."""
+        if self._bar is not None:
+            if self._task is None:
+                self._bar.start()
+                self._task = self._bar.add_task("", total=rounds * steps, loss="")
+            done = (round - 1) * steps + step + 1
+            self._bar.update(
+                self._task, description=f"round {round} of {rounds}", completed=done, loss=f"{loss:.3f}"
+            )
+        elif (step + 1) % max(steps // _LINES_A_ROUND, 1) == 0:
+            _log.info("round %d of %d, step %d of %d: loss %.3f", round, rounds, step + 1, steps, loss)
+
+    def round_is_over(self, line: Mapping[str, Any], rounds: int) -> None:
+        """Report a round: loss, traffic, and what it has cost in privacy so far."""
+        held_out = "" if line["held_out_loss"] is None else f", held out {line['held_out_loss']:.3f}"
+        _log.info(
+            "round %d of %d is over: loss %.3f%s, %.1f MB up, %.1f MB down, %.1f s",
+            line["round"],
+            rounds,
+            line["training_loss"],
+            held_out,
+            line["bytes_up"] / _MEGABYTE,
+            line["bytes_down"] / _MEGABYTE,
+            line["seconds"],
+        )
+        for channel, epsilon in line["epsilon"].items():
+            name = channel.replace("_", " ")
+            if epsilon is None:
+                _log.info("privacy of the %s: nothing is guaranteed", name)
+            else:
+                _log.info(
+                    "privacy of the %s releases so far: epsilon %.4g at delta %g, unit %s, relation %s",
+                    name,
+                    epsilon,
+                    line["delta"],
+                    line["unit"],
+                    line["relation"],
+                )
+        _log.info("privacy in total: %s", line["total"])
+
+    def finish(self, run_id: str) -> None:
+        """Report the run's end."""
+        self.close()
+        _log.info("the run %s is over", run_id)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None and self._task is not None:
+            self._bar.stop()
+            self._task = None

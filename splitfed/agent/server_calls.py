@@ -1,0 +1,194 @@
+"""The agent's unary calls and adapter streams, with errors already translated."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from torch import Tensor
+
+from splitfed.compress import Codec
+from splitfed.config import RunConfig, TlsSection
+from splitfed.errors import JoinRefused, ProtocolError
+from splitfed.models import TensorIdentity
+from splitfed.proto.v1 import federation_pb2, joining_pb2
+from splitfed.proto.v1.federation_pb2_grpc import FederationStub
+from splitfed.proto.v1.joining_pb2_grpc import JoiningStub
+from splitfed.proto.v1.training_pb2_grpc import TrainingStub
+from splitfed.training.link import Traffic
+from splitfed.transport.adapters import IncomingAdapter, adapter_messages
+from splitfed.transport.channel import open_channel
+from splitfed.transport.link import FRAMING_BYTES
+from splitfed.transport.status import error_of_call
+from splitfed.transport.tensors import codecs_on_wire
+from splitfed.transport.version import PROTOCOL_VERSION
+
+_SHORT_CALL_S = 30.0
+_JOIN_S = 600.0  # the server may hash its whole checkpoint first
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What goes with an update.
+
+    Attributes:
+        tokens: Rows that crossed the link in one direction.
+        training_loss: Mean training loss; None unless the owner shares it.
+        held_out_loss: Held-out loss; None unless the owner shares it.
+    """
+
+    tokens: int
+    training_loss: float | None
+    held_out_loss: float | None
+
+
+class ServerCalls:
+    """One agent's connection to a main server and a fed server.
+
+    Args:
+        server: Address of the main server.
+        fed_server: Address of the fed server; none: the same.
+        tls: Certificates; none: plain text.
+        client: Name of the agent.
+        agent_id: The agent's own id.
+    """
+
+    def __init__(
+        self, server: str, fed_server: str | None, tls: TlsSection | None, *, client: str, agent_id: bytes
+    ) -> None:
+        self._channels = [open_channel(server, tls)]
+        if fed_server is not None and fed_server != server:
+            self._channels.append(open_channel(fed_server, tls))
+        self.joining = JoiningStub(self._channels[0])
+        self.training = TrainingStub(self._channels[0])
+        self._federation = FederationStub(self._channels[-1])
+        self._client = client
+        self._agent_id = agent_id
+
+    def close(self) -> None:
+        """Close the connections."""
+        for channel in self._channels:
+            channel.close()
+
+    def describe(self) -> RunConfig:
+        """Ask what is to be run.
+
+        Raises:
+            ServerUnreachable: If no server answers.
+            JoinRefused: If the two do not speak the same protocol.
+        """
+        with translated():
+            reply = self.joining.Describe(
+                joining_pb2.DescribeRequest(protocol_version=PROTOCOL_VERSION, client=self._client),
+                timeout=_SHORT_CALL_S,
+            )
+        if reply.protocol_version != PROTOCOL_VERSION:
+            raise JoinRefused(
+                f"The server speaks version {reply.protocol_version} of the protocol, this agent {PROTOCOL_VERSION}; "
+                "install the same splitfed."
+            )
+        try:
+            return RunConfig.model_validate_json(reply.run_config)
+        except ValueError as error:
+            raise ProtocolError("The server sent a run configuration that this agent cannot read.") from error
+
+    def join(
+        self, run_id: str, config_sha256: str, tensors: Mapping[str, TensorIdentity], weight: int
+    ) -> tuple[int, int]:
+        """Join the run.
+
+        Returns:
+            How many agents the run waits for, and how many have joined.
+
+        Raises:
+            FingerprintMismatch: If the base models differ.
+            JoinRefused: If the server refuses this agent.
+        """
+        request = joining_pb2.JoinRequest(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=run_id,
+            client=self._client,
+            agent_id=self._agent_id,
+            config_sha256=bytes.fromhex(config_sha256),
+            tensors=[
+                joining_pb2.TensorIdentity(
+                    name=name, dtype=identity.dtype, shape=identity.shape, sha256=bytes.fromhex(identity.sha256)
+                )
+                for name, identity in tensors.items()
+            ],
+            codecs=codecs_on_wire(),
+            weight=weight,
+        )
+        with translated():
+            reply = self.joining.Join(request, timeout=_JOIN_S)
+        return reply.agents, reply.joined
+
+    def watch(self, run_id: str) -> Iterator[federation_pb2.RoundEvent]:
+        """Follow the run's events, from its present state on."""
+        request = federation_pb2.WatchRequest(run_id=run_id, client=self._client, agent_id=self._agent_id)
+        with translated():
+            yield from self._federation.Watch(request)
+
+    def fetch_adapter(
+        self, run_id: str, round: int, shapes: Mapping[str, Any], codec: Codec, traffic: Traffic
+    ) -> dict[str, Tensor]:
+        """Fetch the adapters that a round starts from.
+
+        Raises:
+            RoundLost: If that round is over.
+            ProtocolError: If what comes is not this run's adapter.
+        """
+        request = federation_pb2.FetchAdapterRequest(
+            run_id=run_id, client=self._client, agent_id=self._agent_id, round=round
+        )
+        incoming = IncomingAdapter(shapes, codec)
+        with translated():
+            messages = self._federation.FetchAdapter(request)
+            for index, message in enumerate(messages):
+                traffic.received_bytes += message.ByteSize() + FRAMING_BYTES
+                if index:
+                    incoming.add(message)
+        return incoming.state()
+
+    def submit_adapter(
+        self, run_id: str, round: int, state: Mapping[str, Tensor], codec: Codec, report: RoundReport, traffic: Traffic
+    ) -> bool:
+        """Send the adapters after local training.
+
+        Returns:
+            False if they were there already.
+
+        Raises:
+            RoundLost: If that round is over.
+        """
+        header = federation_pb2.AdapterHeader(
+            run_id=run_id,
+            client=self._client,
+            agent_id=self._agent_id,
+            round=round,
+            tokens=report.tokens,
+            training_loss=report.training_loss,
+            held_out_loss=report.held_out_loss,
+        )
+
+        def counted() -> Iterator[federation_pb2.AdapterChunk]:
+            for message in adapter_messages(header, state, codec):
+                traffic.sent_bytes += message.ByteSize() + FRAMING_BYTES
+                yield message
+
+        with translated():
+            return bool(self._federation.SubmitAdapter(counted()).is_new)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what a gRPC call raises into splitfed's own errors.
+
+    Raises:
+        LinkError: In place of a `grpc.RpcError`.
+    """
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_of_call(error) from error

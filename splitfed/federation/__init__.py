@@ -1,0 +1,6 @@
+"""Rounds and aggregation: when a round is over, and what comes of it."""
+
+from splitfed.federation.aggregate import FixedPointMean
+from splitfed.federation.rounds import Phase, Rounds
+
+__all__ = ["FixedPointMean", "Phase", "Rounds"]

@@ -1,0 +1,337 @@
+"""A run on the server: its members, its rounds, its adapters, and what is written at each round's end."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from splitfed.compress import get_codec
+from splitfed.config import ServerConfig
+from splitfed.errors import JoinRefused, ProtocolError, RoundLost
+from splitfed.federation import FixedPointMean, Phase, Rounds
+from splitfed.server.engine import Engine
+from splitfed.server.sessions import Limits, TrainSession
+from splitfed.server.store import RunState, RunStore
+from splitfed.training.link import link_codecs
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Contribution:
+    """What came with an update, for the metrics.
+
+    Attributes:
+        tokens: Rows that crossed the link in one direction in this round.
+        training_loss: Mean training loss, if the agent's owner shares it.
+        held_out_loss: Held-out loss, if the agent's owner shares it.
+        bytes_up: Bytes that came from this agent in this round.
+        bytes_down: Bytes that went to it.
+    """
+
+    tokens: int = 0
+    training_loss: float | None = None
+    held_out_loss: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Coordinator:
+    """Owner of a run's state. All methods run on the event loop; nothing else changes the state.
+
+    Args:
+        config: The server's configuration.
+        state: Where the run stands: the initial adapters, or the last round's end.
+        engine: Where the trunk runs.
+        store: Where rounds are written.
+        export: Writes the PEFT adapter of all keys into the folder of a round.
+        worker: Where blocking work goes.
+        hidden_size: Size of a hidden vector.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        state: RunState,
+        engine: Engine,
+        store: RunStore,
+        *,
+        export: Callable[[int, Mapping[str, Tensor]], None],
+        worker: Executor,
+        hidden_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.rounds = Rounds(
+            config.federation.agents,
+            config.training.rounds,
+            config.federation.agent_timeout_s,
+            committed=state.round,
+        )
+        self._state = state
+        self._engine = engine
+        self._store = store
+        self._export = export
+        self._worker = worker
+        self._clock = clock
+        self._sessions: dict[str, TrainSession] = {}
+        self._contributions: dict[str, Contribution] = {}
+        self._round_started_s = clock()
+        self._changed = asyncio.Condition()
+        self._closing = asyncio.Lock()
+        self._told_end: set[str] = set()
+        self.is_draining = False
+        self.rounds.restore(state.weights, clock())
+        self._agent_ids = dict(state.agent_ids)
+        self._begin_round()
+        micro_batch = config.training.micro_batch_size or config.training.batch_size
+        self._limits = Limits(
+            sequences=max(micro_batch, config.training.batch_size),
+            tokens=config.training.max_tokens,
+            hidden_size=hidden_size,
+            answers=8 * config.training.max_in_flight + 8,
+        )
+        codecs = config.codecs
+        self._codecs = link_codecs(
+            {
+                "smashed": get_codec(codecs.smashed),
+                "trunk_output": get_codec(codecs.trunk_output),
+                "output_gradient": get_codec(codecs.output_gradient),
+                "smashed_gradient": get_codec(codecs.smashed_gradient),
+            }
+        )
+
+    @property
+    def ends(self) -> Mapping[str, Tensor]:
+        """Adapters of bottom and top that the open round starts from."""
+        return self._state.ends
+
+    @property
+    def has_ended(self) -> bool:
+        """The run is over and every member that is here knows it."""
+        return self.rounds.phase is Phase.FINISHED and self._told_end >= set(self.rounds.members)
+
+    async def join(self, client: str, agent_id: bytes, weight: int) -> None:
+        """Take an agent into the run.
+
+        Raises:
+            JoinRefused: If the name belongs to another agent, or the run is full or over.
+        """
+        if self.is_draining:
+            raise JoinRefused("The server is shutting down; join again when it is back.")
+        known = self._agent_ids.get(client)
+        if known is not None and known != agent_id.hex():
+            raise JoinRefused(f"Another agent is called {client!r} in this run; choose another [agent] name.")
+        if not self.rounds.can_join(client):
+            raise JoinRefused(
+                f"The run {self.config.run_id!r} has its {self.config.federation.agents} agents already "
+                f"({', '.join(self.rounds.members)}); raise [federation] agents to let {client!r} in."
+            )
+        self._agent_ids[client] = agent_id.hex()
+        was_open = self.rounds.phase is Phase.OPEN
+        self.rounds.join(client, weight, self._clock())
+        _log.info("%s joined (%d of %d agents)", client, self.rounds.joined, self.config.federation.agents)
+        if self.rounds.phase is Phase.OPEN and not was_open:
+            self._round_started_s = self._clock()
+        await self._tell()
+
+    def check_member(self, client: str, agent_id: bytes) -> None:
+        """Check that a call comes from the agent that joined under this name.
+
+        Raises:
+            RoundLost: If nobody has joined under the name since the server started.
+            JoinRefused: If it was another agent.
+        """
+        known = self._agent_ids.get(client)
+        if known is None:
+            raise RoundLost(f"{client!r} has not joined this run; join first.")
+        if known != agent_id.hex():
+            raise JoinRefused(f"Another agent is called {client!r} in this run.")
+
+    async def watch(self, client: str) -> AsyncIterator[tuple[Phase, int, bool]]:
+        """Yield the run's phase, current round, and whether this client's update is in, at every change."""
+        last: tuple[Phase, int, bool, bool] | None = None
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._view(client) != last)
+                last = self._view(client)
+            yield last[0], last[1], last[2]
+            if last[0] is Phase.FINISHED:
+                self._told_end.add(client)
+                await self._tell()
+                return
+            if self.is_draining:
+                return
+
+    async def open_session(self, client: str, round: int, token: bytes) -> TrainSession:
+        """Start a client's round from its beginning, or find the session where its stream broke.
+
+        Raises:
+            RoundLost: If that round is not open, or the session is not known.
+        """
+        if self.is_draining or self.rounds.phase is not Phase.OPEN or round != self.rounds.current:
+            raise RoundLost(
+                f"Round {round} is not open; the run is at round {self.rounds.current} ({self.rounds.phase.value})."
+            )
+        if self.rounds.has_submitted(client):
+            raise RoundLost(f"The update of {client!r} for round {round} is already here.")
+        session = self._sessions.get(client)
+        if token:
+            if session is None or session.token != token:
+                raise RoundLost("The server does not know this session; start the round again.")
+            return session
+        await self._engine.open_round(client, round, self._state.trunk, self._state.optimisers.get(client, {}))
+        session = TrainSession(
+            client,
+            round,
+            self._engine,
+            self._codecs,
+            self._limits,
+            self._worker,
+            on_progress=lambda: self.rounds.progress(client, self._clock()),
+        )
+        self._sessions[client] = session
+        self.rounds.progress(client, self._clock())
+        return session
+
+    def is_current(self, session: TrainSession) -> bool:
+        """Say whether a session is still its client's own."""
+        return self._sessions.get(session.client) is session
+
+    def count_bytes(self, client: str, *, up: int = 0, down: int = 0) -> None:
+        """Add to a client's traffic in this round."""
+        contribution = self._contributions.setdefault(client, Contribution())
+        contribution.bytes_up += up
+        contribution.bytes_down += down
+
+    def note_progress(self, client: str) -> None:
+        """Note that a member is at work outside its training stream."""
+        self.rounds.progress(client, self._clock())
+
+    async def submit(
+        self, client: str, round: int, ends: Mapping[str, Tensor], contribution: Contribution
+    ) -> bool:
+        """Take a client's update.
+
+        Returns:
+            False if it was here already.
+
+        Raises:
+            RoundLost: If that round is not open.
+            ProtocolError: If the client has not run all local steps, or its numbers cannot be averaged.
+        """
+        async with self._closing:
+            if self.rounds.phase is not Phase.OPEN or round != self.rounds.current:
+                raise RoundLost(f"Round {round} is not open; the run is at round {self.rounds.current}.")
+            if self.rounds.has_submitted(client):
+                return False
+            steps = await self._engine.steps_done(client)
+            if client not in self._sessions or steps != self.config.training.local_steps:
+                raise ProtocolError(
+                    f"{client!r} sent its update after {steps} of {self.config.training.local_steps} local steps."
+                )
+            trunk, optimiser = await self._engine.snapshot(client)
+            weight = self.rounds.weight(client)
+            try:
+                self._mean.add({**trunk, **ends}, weight)
+            except ValueError as error:
+                raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
+            self.rounds.submit(client, round, self._clock())
+            self._optimisers[client] = optimiser
+            counted = self._contributions.setdefault(client, Contribution())
+            self._contributions[client] = replace(
+                contribution, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down
+            )
+            _log.info("round %d: %s submitted", round, client)
+            await self._close_round_if_complete()
+        await self._tell()
+        return True
+
+    async def tick(self) -> None:
+        """Look at the clock: leave out members that were silent for too long."""
+        async with self._closing:
+            for client in self.rounds.leave_out_silent(self._clock()):
+                _log.warning(
+                    "round %d goes on without %s: no progress for %.0f s",
+                    self.rounds.current,
+                    client,
+                    self.config.federation.agent_timeout_s,
+                )
+            await self._close_round_if_complete()
+        await self._tell()
+
+    async def drain(self) -> None:
+        """Take no more work, and tell everyone who watches."""
+        self.is_draining = True
+        await self._tell()
+
+    async def wait_for_end(self) -> None:
+        """Wait until the run is over and every member knows."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.has_ended)
+
+    def _begin_round(self) -> None:
+        self._mean = FixedPointMean()
+        self._optimisers = dict(self._state.optimisers)
+        self._contributions = {}
+        self._sessions.clear()
+        self._round_started_s = self._clock()
+
+    async def _close_round_if_complete(self) -> None:
+        if not self.rounds.is_complete():
+            return
+        mean = self._mean.result()
+        state = RunState(
+            round=self.rounds.current,
+            trunk={name: mean[name] for name in self._state.trunk},
+            ends={name: mean[name] for name in self._state.ends},
+            optimisers=self._optimisers,
+            weights={client: self.rounds.weight(client) for client in self.rounds.members},
+            agent_ids=self._agent_ids,
+        )
+        seconds = self._clock() - self._round_started_s
+        metrics = self._metrics(state, seconds)
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._write, state, metrics)
+        self._state = state
+        self.rounds.commit()
+        self._begin_round()
+        _log.info("round %d of %d is written (%.1f s)", state.round, self.rounds.rounds, seconds)
+
+    def _write(self, state: RunState, metrics: Mapping[str, object]) -> None:
+        """Write a round's end; the checkpoint comes last, so a crash before it runs the round again."""
+        self._export(state.round, {**state.trunk, **state.ends})
+        self._store.write_metrics(metrics)
+        self._store.publish(state.round)
+        self._store.save(state)
+
+    def _metrics(self, state: RunState, seconds: float) -> dict[str, object]:
+        return {
+            "round": state.round,
+            "rounds": self.rounds.rounds,
+            "seconds": round(seconds, 3),
+            "agents": {
+                client: {
+                    "weight": state.weights[client],
+                    "tokens": contribution.tokens,
+                    "bytes_up": contribution.bytes_up,
+                    "bytes_down": contribution.bytes_down,
+                    "training_loss": contribution.training_loss,
+                    "held_out_loss": contribution.held_out_loss,
+                }
+                for client, contribution in sorted(self._contributions.items())
+                if self.rounds.has_submitted(client)
+            },
+            "adapter": f"adapters/round-{state.round:04d}",
+        }
+
+    def _view(self, client: str) -> tuple[Phase, int, bool, bool]:
+        return self.rounds.phase, self.rounds.current, self.rounds.has_submitted(client), self.is_draining
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

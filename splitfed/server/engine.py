@@ -1,0 +1,122 @@
+"""The one owner of the accelerator: trunk work in one thread, asked for from the event loop."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from splitfed.errors import ProtocolError
+from splitfed.training.trunk_step import TrunkTrainer
+
+R = TypeVar("R")
+
+
+class Engine(Protocol):
+    """Whatever runs the trunk: one process today, replicas or shards behind the same calls later."""
+
+    async def open_round(
+        self, client: str, round: int, adapter: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
+    ) -> None:
+        """Put a client at the start of a round."""
+
+    async def forward(
+        self,
+        client: str,
+        step: int,
+        micro_batch: int,
+        smashed_BTD: Tensor,
+        *,
+        attention_mask_BT: Tensor | None,
+        position_ids_BT: Tensor | None,
+        trains: bool,
+        wants_smashed_gradient: bool,
+    ) -> Tensor:
+        """Run the trunk forward, shape [B, T, D] in and out."""
+
+    async def backward(self, client: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
+        """Run the trunk backward; returns the smashed gradient, shape [B, T, D], if the forward asked for it."""
+
+    async def apply(self, client: str, step: int) -> int:
+        """Apply a local step's gradients; returns the adapter's version."""
+
+    async def snapshot(self, client: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copy a client's trunk adapter and optimiser state."""
+
+    async def steps_done(self, client: str) -> int:
+        """Count the local steps applied for a client in this round."""
+
+    def close(self) -> None:
+        """End the work in progress, take no more."""
+
+
+class LocalEngine:
+    """The engine in this process: calls wait in line for one thread.
+
+    Args:
+        trainer: Owner of the trunk; nothing else may call it.
+    """
+
+    def __init__(self, trainer: TrunkTrainer) -> None:
+        self._trainer = trainer
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+
+    async def open_round(
+        self, client: str, round: int, adapter: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
+    ) -> None:
+        """Put a client at the start of a round."""
+        await self._do(lambda: self._trainer.open_round(client, round, adapter, optimiser))
+
+    async def forward(
+        self,
+        client: str,
+        step: int,
+        micro_batch: int,
+        smashed_BTD: Tensor,
+        *,
+        attention_mask_BT: Tensor | None,
+        position_ids_BT: Tensor | None,
+        trains: bool,
+        wants_smashed_gradient: bool,
+    ) -> Tensor:
+        """Run the trunk forward."""
+        return await self._do(
+            lambda: self._trainer.forward(
+                client,
+                step,
+                micro_batch,
+                smashed_BTD,
+                attention_mask_BT=attention_mask_BT,
+                position_ids_BT=position_ids_BT,
+                trains=trains,
+                wants_smashed_gradient=wants_smashed_gradient,
+            )
+        )
+
+    async def backward(self, client: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
+        """Run the trunk backward."""
+        return await self._do(lambda: self._trainer.backward(client, step, micro_batch, output_gradient_BTD))
+
+    async def apply(self, client: str, step: int) -> int:
+        """Apply a local step's gradients."""
+        return await self._do(lambda: self._trainer.step(client, step))
+
+    async def snapshot(self, client: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copy a client's trunk adapter and optimiser state."""
+        return await self._do(lambda: self._trainer.result(client))
+
+    async def steps_done(self, client: str) -> int:
+        """Count the local steps applied for a client."""
+        return await self._do(lambda: self._trainer.steps_done(client))
+
+    def close(self) -> None:
+        """End the work in progress, take no more."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    async def _do(self, work: Callable[[], R]) -> R:
+        """Run in the worker; what the model itself cannot digest is the sender's fault, not ours."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        except (IndexError, ValueError) as error:
+            raise ProtocolError(f"The trunk could not work with what was sent: {error}") from error

@@ -1,0 +1,208 @@
+"""One client's round on the server: requests applied once and in order, answers kept until the agent has them."""
+
+import asyncio
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from splitfed.compress import Codec
+from splitfed.errors import ProtocolError
+from splitfed.proto.v1 import tensor_pb2, training_pb2
+from splitfed.server.engine import Engine
+from splitfed.training.link import LinkCodecs
+from splitfed.transport.tensors import (
+    Expectation,
+    IncomingTensor,
+    to_messages,
+    unpack_mask,
+    unpack_positions,
+)
+
+_SESSION_BYTES = 16
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold.
+
+    Attributes:
+        sequences: Most sequences in a micro-batch.
+        tokens: Most tokens in a sequence.
+        hidden_size: Size of a hidden vector.
+        answers: Most answers that are kept for an agent that has not confirmed them.
+    """
+
+    sequences: int
+    tokens: int
+    hidden_size: int
+    answers: int
+
+
+class Operation:
+    """A request as it arrives: its first message, then the chunks of its tensor.
+
+    Args:
+        request: The first message.
+        codecs: A codec for each direction.
+        limits: What it may hold.
+
+    Raises:
+        ProtocolError: If it is no operation, or its tensor is not what the run allows.
+    """
+
+    def __init__(self, request: training_pb2.TrainRequest, codecs: LinkCodecs, limits: Limits) -> None:
+        self.number = request.number
+        self.received_below = request.received_below
+        self.body = request.WhichOneof("body")
+        self.request = request
+        self._incoming: IncomingTensor | None = None
+        shape = (None, None, limits.hidden_size)
+        most = (limits.sequences, limits.tokens, limits.hidden_size)
+        if self.body == "forward":
+            if request.forward.kind not in (training_pb2.KIND_TRAIN, training_pb2.KIND_EVALUATE):
+                raise ProtocolError(f"This server does not serve forwards of kind {request.forward.kind}.")
+            self._incoming = IncomingTensor(request.forward.smashed, Expectation(codecs.smashed, shape, most))
+        elif self.body == "backward":
+            expected = Expectation(codecs.output_gradient, shape, most)
+            self._incoming = IncomingTensor(request.backward.output_gradient, expected)
+        elif self.body != "step":
+            raise ProtocolError(f"A request holds {self.body or 'nothing'} where an operation was due.")
+
+    @property
+    def is_complete(self) -> bool:
+        """All chunks are here."""
+        return self._incoming is None or self._incoming.is_complete
+
+    def add(self, request: training_pb2.TrainRequest) -> None:
+        """Take the next chunk.
+
+        Raises:
+            ProtocolError: If the message is not the chunk that is due.
+        """
+        if request.WhichOneof("body") != "chunk" or request.number != self.number or self._incoming is None:
+            raise ProtocolError(f"Request {self.number} was interrupted by request {request.number}.")
+        self._incoming.add(request.chunk)
+
+    def tensor(self) -> Tensor:
+        """Decode the request's tensor, shape [B, T, D].
+
+        Raises:
+            ProtocolError: If its payload is damaged.
+        """
+        assert self._incoming is not None
+        return self._incoming.decode()
+
+
+class TrainSession:
+    """The state that a stream leaves behind when it breaks.
+
+    Args:
+        client: Whose round it is.
+        round: The round, from 1.
+        engine: Where the trunk runs.
+        codecs: A codec for each direction.
+        limits: What a request may hold.
+        worker: Where tensors are decoded and encoded, off the event loop.
+        on_progress: Called after each operation.
+    """
+
+    def __init__(
+        self,
+        client: str,
+        round: int,
+        engine: Engine,
+        codecs: LinkCodecs,
+        limits: Limits,
+        worker: Executor,
+        on_progress: Callable[[], None],
+    ) -> None:
+        self.client = client
+        self.round = round
+        self.token = secrets.token_bytes(_SESSION_BYTES)
+        self.codecs = codecs
+        self.limits = limits
+        self.next_number = 0
+        self._engine = engine
+        self._worker = worker
+        self._on_progress = on_progress
+        self._answers: OrderedDict[int, list[training_pb2.TrainReply]] = OrderedDict()
+        self._lock = asyncio.Lock()
+
+    async def answer(self, operation: Operation) -> list[training_pb2.TrainReply]:
+        """Apply an operation once; a number that was applied before gets its answer again.
+
+        Raises:
+            ProtocolError: If the number is ahead of its turn, its answer was already confirmed, or the operation does not
+                fit the round.
+        """
+        async with self._lock:
+            while self._answers and next(iter(self._answers)) < operation.received_below:
+                self._answers.popitem(last=False)
+            if operation.number < self.next_number:
+                if operation.number not in self._answers:
+                    raise ProtocolError(f"Request {operation.number} was answered, and the answer confirmed, before.")
+                return self._answers[operation.number]
+            if operation.number > self.next_number:
+                raise ProtocolError(f"Request {operation.number} came; the next one is {self.next_number}.")
+            if len(self._answers) >= self.limits.answers:
+                raise ProtocolError(f"{len(self._answers)} answers wait to be confirmed; confirm some first.")
+            reply, chunks = await self._apply(operation)
+            reply.number = operation.number
+            messages = [reply, *(training_pb2.TrainReply(number=operation.number, chunk=chunk) for chunk in chunks)]
+            self._answers[operation.number] = messages
+            self.next_number += 1
+            self._on_progress()
+            return messages
+
+    async def _apply(self, operation: Operation) -> tuple[training_pb2.TrainReply, list[bytes]]:
+        if operation.body == "forward":
+            return await self._forward(operation)
+        if operation.body == "backward":
+            return await self._backward(operation)
+        version = await self._engine.apply(self.client, operation.request.step.step)
+        return training_pb2.TrainReply(stepped=training_pb2.Stepped(adapter_version=version)), []
+
+    async def _forward(self, operation: Operation) -> tuple[training_pb2.TrainReply, list[bytes]]:
+        forward = operation.request.forward
+        smashed_BTD = await self._off_loop(operation.tensor)
+        sequences, tokens, _ = smashed_BTD.shape
+        output_BTD = await self._engine.forward(
+            self.client,
+            forward.step,
+            forward.micro_batch,
+            smashed_BTD,
+            attention_mask_BT=unpack_mask(forward.attention_mask, sequences, tokens),
+            position_ids_BT=unpack_positions(forward.position_ids, sequences, tokens, self.limits.tokens),
+            trains=forward.kind == training_pb2.KIND_TRAIN,
+            wants_smashed_gradient=forward.wants_smashed_gradient,
+        )
+        tensor, chunks = await self._encode(output_BTD, self.codecs.trunk_output)
+        return training_pb2.TrainReply(trunk_output=training_pb2.TrunkOutput(trunk_output=tensor)), chunks
+
+    async def _backward(self, operation: Operation) -> tuple[training_pb2.TrainReply, list[bytes]]:
+        backward = operation.request.backward
+        gradient_BTD = await self._engine.backward(
+            self.client, backward.step, backward.micro_batch, await self._off_loop(operation.tensor)
+        )
+        if gradient_BTD is None:
+            return training_pb2.TrainReply(smashed_gradient=training_pb2.SmashedGradient()), []
+        tensor, chunks = await self._encode(gradient_BTD, self.codecs.smashed_gradient)
+        return training_pb2.TrainReply(
+            smashed_gradient=training_pb2.SmashedGradient(smashed_gradient=tensor)
+        ), chunks
+
+    async def _encode(self, tensor: Tensor, codec: Codec) -> tuple[tensor_pb2.Tensor, list[bytes]]:
+        try:
+            return await self._off_loop(lambda: to_messages(tensor, codec))
+        except ValueError as error:
+            raise ProtocolError(f"The trunk's result cannot be sent: {error}; lower the learning rate.") from error
+
+    async def _off_loop(self, work: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)

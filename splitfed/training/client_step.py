@@ -1,0 +1,231 @@
+"""The agent's half of a local step: bottom, cut, top, loss and the way back, with micro-batches in flight."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from splitfed.config import TrainingSection
+from splitfed.errors import NonFiniteLoss
+from splitfed.models import Segment, adapter_parameters
+from splitfed.training.data import Batch, Example, collate
+from splitfed.training.link import Link, Place
+from splitfed.training.objective import IGNORED_LABEL
+from splitfed.training.optimiser import StepOptimiser
+from splitfed.training.releases import Releases
+from splitfed.training.seeds import derive_seed
+
+Loss = Callable[[Tensor, Tensor, float], Tensor]
+"""``(logits_BTV, labels_BT, divisor)`` to the sum of the token losses ÷ divisor, a scalar."""
+
+
+def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor, divisor: float) -> Tensor:
+    """Give the library's next-token loss with a divisor of the caller's choice.
+
+    Args:
+        logits_BTV: Logits, shape [B, T, V].
+        labels_BT: Labels, shape [B, T]; -100 where there is no loss.
+        divisor: What the sum of the token losses is divided by.
+
+    Returns:
+        A scalar.
+    """
+    loss: Tensor = ForCausalLMLoss(
+        logits_BTV, labels_BT, vocab_size=logits_BTV.shape[-1], num_items_in_batch=torch.tensor(divisor)
+    )
+    return loss
+
+
+def count_label_tokens(labels_BT: Tensor) -> int:
+    """Count the positions that carry loss once labels are shifted by one."""
+    return int((labels_BT[:, 1:] != IGNORED_LABEL).sum())
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a local step came to, on the agent alone.
+
+    Attributes:
+        loss_sum: Sum of the token losses.
+        label_tokens: Tokens that carry loss.
+        sent_tokens: Rows that crossed the link in one direction, padding included.
+    """
+
+    loss_sum: float
+    label_tokens: int
+    sent_tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per token, in nats."""
+        return self.loss_sum / self.label_tokens
+
+
+@dataclass
+class _InFlight:
+    """A micro-batch between its forward and its backward."""
+
+    place: Place
+    batch: Batch
+    bottom_BTD: Tensor
+    output: Future[Tensor]
+
+
+class ClientTrainer:
+    """One client: its bottom and top, its optimiser, and the gate that its releases pass.
+
+    Args:
+        bottom: The bottom, with its adapter.
+        top: The top, with its adapter.
+        training: Batch sizes, length and optimiser settings.
+        releases: The gate.
+        client: Name of the client, for its random streams.
+        seed: The run's seed.
+        pad_token_id: Token that fills the rows up.
+        loss: The loss of logits and labels.
+    """
+
+    def __init__(
+        self,
+        bottom: Segment,
+        top: Segment,
+        training: TrainingSection,
+        releases: Releases,
+        *,
+        client: str,
+        seed: int,
+        pad_token_id: int,
+        loss: Loss = causal_lm_loss,
+    ) -> None:
+        self.bottom = bottom
+        self.top = top
+        self.releases = releases
+        self._training = training
+        self._client = client
+        self._seed = seed
+        self.pad_token_id = pad_token_id
+        self._loss = loss
+        self._bottom_trains = bool(adapter_parameters(bottom))
+        self.optimiser = StepOptimiser({**adapter_parameters(bottom), **adapter_parameters(top)}, training)
+
+    @property
+    def is_training(self) -> bool:
+        """The client has an adapter of its own to train."""
+        return self._bottom_trains or bool(adapter_parameters(self.top))
+
+    def step(self, link: Link, examples: Sequence[Example], *, round: int, step: int) -> StepResult:
+        """Run one local step over a link.
+
+        Micro-batches go out in their order, at most ``max_in_flight`` between forward and backward; gradients are gathered
+        in the same order, so the result does not depend on timing.
+
+        Args:
+            link: The client's link in this round.
+            examples: The step's examples.
+            round: The round, from 1.
+            step: Local step in the round, from 0.
+
+        Returns:
+            The loss and the counts of this step.
+
+        Raises:
+            NonFiniteLoss: If a loss is NaN or infinite; the output gradient has not been sent then.
+            LinkError: If the round is lost.
+            BudgetExhausted: If a release would cross the agent's budget.
+        """
+        batches = self._micro_batches(examples)
+        label_tokens = sum(count_label_tokens(batch.labels_BT) for batch in batches)
+        divisor = self._divisor(label_tokens)
+        waiting: deque[_InFlight] = deque()
+        returning: deque[tuple[Tensor, Future[Tensor | None]]] = deque()
+        loss_sum = 0.0
+        for index, batch in enumerate(batches):
+            if len(waiting) == self._training.max_in_flight:
+                loss_sum += self._turn(link, waiting.popleft(), divisor, round, returning)
+            waiting.append(self._send(link, Place(step, index), batch, round))
+        while waiting:
+            loss_sum += self._turn(link, waiting.popleft(), divisor, round, returning)
+        applied = link.step(step)
+        while returning:
+            self._finish(*returning.popleft())
+        self.optimiser.step((round - 1) * self._training.local_steps + step)
+        applied.result()
+        sent_tokens = sum(batch.input_ids_BT.numel() for batch in batches)
+        return StepResult(loss_sum, label_tokens, sent_tokens)
+
+    def _micro_batches(self, examples: Sequence[Example]) -> list[Batch]:
+        """Cut a step's examples into what crosses the wire at once; with noise on, every row has the run's length."""
+        size = self._training.micro_batch_size or self._training.batch_size
+        length = self._training.max_tokens if self.releases.is_noisy else None
+        return [
+            collate(examples[start : start + size], pad_token_id=self.pad_token_id, length=length)
+            for start in range(0, len(examples), size)
+        ]
+
+    def _divisor(self, label_tokens: int) -> float:
+        """Give the divisor of the step's loss: its label tokens, or with noise on a constant of the run.
+
+        A count of the step's own tokens would couple its records: one record's length would scale the others' gradients.
+        """
+        if self.releases.is_noisy:
+            return float(self._training.batch_size * self._training.max_tokens)
+        return float(max(label_tokens, 1))
+
+    def _send(self, link: Link, place: Place, batch: Batch, round: int) -> _InFlight:
+        self.bottom.train()
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self._bottom_trains):
+            torch.manual_seed(self._stream("bottom", round, place))
+            bottom_BTD = self.releases.smashed(
+                self.bottom(batch.input_ids_BT), records=batch.records, round=round, place=place
+            )
+        output = link.forward(place, bottom_BTD.detach(), wants_smashed_gradient=self._bottom_trains)
+        return _InFlight(place, batch, bottom_BTD, output)
+
+    def _turn(
+        self,
+        link: Link,
+        sent: _InFlight,
+        divisor: float,
+        round: int,
+        returning: deque[tuple[Tensor, Future[Tensor | None]]],
+    ) -> float:
+        """Take a trunk output through the top and send the output gradient back."""
+        trunk_output_BTD = sent.output.result().requires_grad_()
+        self.top.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._stream("top", round, sent.place))
+            loss = self._loss(self.top(trunk_output_BTD).logits, sent.batch.labels_BT, divisor)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"The loss of step {sent.place.step} in round {round} is {value}; nothing was sent back. "
+                "Lower the learning rate or the noise, and start the agent again."
+            )
+        loss.backward()
+        gradient_BTD = trunk_output_BTD.grad
+        assert gradient_BTD is not None
+        if self.releases.is_noisy:
+            gradient_BTD *= self._training.batch_size  # of per-sequence losses: the step's divisor comes after the noise
+        gradient_BTD = self.releases.output_gradient(
+            gradient_BTD, records=sent.batch.records, round=round, place=sent.place
+        )
+        if self.releases.is_noisy:
+            gradient_BTD = gradient_BTD / self._training.batch_size
+        returning.append((sent.bottom_BTD, link.backward(sent.place, gradient_BTD)))
+        while len(returning) > self._training.max_in_flight:
+            self._finish(*returning.popleft())
+        return value * divisor
+
+    def _finish(self, bottom_BTD: Tensor, smashed_gradient: Future[Tensor | None]) -> None:
+        """Take a smashed gradient through the bottom."""
+        gradient_BTD = smashed_gradient.result()
+        if gradient_BTD is not None and bottom_BTD.requires_grad:
+            bottom_BTD.backward(gradient_BTD)  # type: ignore[no-untyped-call]
+
+    def _stream(self, segment: str, round: int, place: Place) -> int:
+        return derive_seed(self._seed, segment, round, self._client, place.step, place.micro_batch)

@@ -1,0 +1,56 @@
+"""Loss of a split model on held-out examples."""
+
+from collections.abc import Sequence
+
+import torch
+
+from splitfed.models import Segment
+from splitfed.training.client_step import Loss, causal_lm_loss, count_label_tokens
+from splitfed.training.data import Example, collate
+from splitfed.training.link import Kind, Link, Place
+from splitfed.training.releases import Releases
+
+
+@torch.no_grad()
+def evaluate(
+    link: Link,
+    bottom: Segment,
+    top: Segment,
+    releases: Releases,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    max_tokens: int,
+    pad_token_id: int,
+    round: int,
+    loss: Loss = causal_lm_loss,
+) -> float:
+    """Measure the mean loss per token, in nats, over a link. Smashed data leaves, and is charged like training.
+
+    Args:
+        link: The client's link in this round.
+        bottom: The bottom.
+        top: The top.
+        releases: The gate that smashed data passes.
+        examples: Held-out examples, at least one.
+        batch_size: Sequences that cross at once.
+        max_tokens: The run's length, to which rows are padded with noise on.
+        pad_token_id: Token that fills the rows up.
+        round: The round, from 1.
+        loss: The loss of logits and labels.
+
+    Returns:
+        The mean over all tokens that carry loss.
+    """
+    bottom.eval()
+    top.eval()
+    length = max_tokens if releases.is_noisy else None
+    total, tokens = 0.0, 0
+    for index, start in enumerate(range(0, len(examples), batch_size)):
+        batch = collate(examples[start : start + batch_size], pad_token_id=pad_token_id, length=length)
+        place = Place(0, index, Kind.EVALUATE)
+        smashed_BTD = releases.smashed(bottom(batch.input_ids_BT), records=batch.records, round=round, place=place)
+        output_BTD = link.forward(place, smashed_BTD).result()
+        total += loss(top(output_BTD).logits, batch.labels_BT, 1.0).item()
+        tokens += count_label_tokens(batch.labels_BT)
+    return total / max(tokens, 1)

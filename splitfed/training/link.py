@@ -1,0 +1,182 @@
+"""What an agent asks of a server: the seam between the client step and wherever the trunk runs.
+
+Two implementations pass one contract: `InProcessLink` here, and the gRPC link of `splitfed.transport`.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from splitfed.compress import Codec
+from splitfed.training.trunk_step import TrunkTrainer
+
+
+T = TypeVar("T")
+
+
+class Kind(Enum):
+    """What a forward is for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    GENERATE = "generate"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a micro-batch stands in a round: its local step, its index in the step, and what it is for."""
+
+    step: int
+    micro_batch: int
+    kind: Kind = Kind.TRAIN
+
+
+@dataclass
+class Traffic:
+    """Bytes that crossed the link, framing included, as the agent counts them.
+
+    Attributes:
+        sent_bytes: From agent to server.
+        received_bytes: From server to agent.
+    """
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+class Link(Protocol):
+    """One client's side of one round.
+
+    Calls are answered in their order; several may be open at once. A future raises `LinkError` when the round is lost.
+    """
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes so far."""
+
+    def forward(
+        self,
+        place: Place,
+        smashed_BTD: Tensor,
+        *,
+        attention_mask_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+        wants_smashed_gradient: bool = False,
+    ) -> Future[Tensor]:
+        """Ask for the trunk output, shape [B, T, D], of smashed data of that shape."""
+
+    def backward(self, place: Place, output_gradient_BTD: Tensor) -> Future[Tensor | None]:
+        """Send the output gradient back; the future holds the smashed gradient if the forward asked for it."""
+
+    def step(self, step: int) -> Future[None]:
+        """Apply the gradients that the trunk has gathered for this local step."""
+
+
+@dataclass(frozen=True)
+class LinkCodecs:
+    """A codec for each direction of a link.
+
+    Attributes:
+        smashed: Smashed data, agent to server.
+        trunk_output: Trunk output, server to agent.
+        output_gradient: Output gradient, agent to server.
+        smashed_gradient: Smashed gradient, server to agent.
+    """
+
+    smashed: Codec
+    trunk_output: Codec
+    output_gradient: Codec
+    smashed_gradient: Codec
+
+
+def cross(tensor: Tensor, codec: Codec) -> tuple[Tensor, int]:
+    """Encode and decode a tensor as a wire would.
+
+    Returns:
+        The tensor as the other side has it, and the bytes of its payload.
+    """
+    payload = codec.encode(tensor)
+    return codec.decode(payload, tuple(tensor.shape), tensor.dtype), len(payload)
+
+
+@dataclass
+class InProcessLink:
+    """The link without a wire: the trunk is in this process, the codecs are the real ones.
+
+    Attributes:
+        trainer: Owner of the trunk.
+        client: Whose slot of the trunk is used; it must be open.
+        codecs: A codec for each direction.
+        traffic: Payload bytes, with no framing.
+    """
+
+    trainer: TrunkTrainer
+    client: str
+    codecs: LinkCodecs
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def forward(
+        self,
+        place: Place,
+        smashed_BTD: Tensor,
+        *,
+        attention_mask_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+        wants_smashed_gradient: bool = False,
+    ) -> Future[Tensor]:
+        """Run the trunk now; the future is done when this returns."""
+        output_BTD = self.trainer.forward(
+            self.client,
+            place.step,
+            place.micro_batch,
+            self._send(smashed_BTD, self.codecs.smashed),
+            attention_mask_BT=attention_mask_BT,
+            position_ids_BT=position_ids_BT,
+            trains=place.kind is Kind.TRAIN,
+            wants_smashed_gradient=wants_smashed_gradient,
+        )
+        return _done(self._receive(output_BTD, self.codecs.trunk_output))
+
+    def backward(self, place: Place, output_gradient_BTD: Tensor) -> Future[Tensor | None]:
+        """Run the trunk's backward now; the future is done when this returns."""
+        gradient_BTD = self.trainer.backward(
+            self.client, place.step, place.micro_batch, self._send(output_gradient_BTD, self.codecs.output_gradient)
+        )
+        if gradient_BTD is None:
+            return _done(None)
+        return _done(self._receive(gradient_BTD, self.codecs.smashed_gradient))
+
+    def step(self, step: int) -> Future[None]:
+        """Apply the trunk's gradients now."""
+        self.trainer.step(self.client, step)
+        return _done(None)
+
+    def _send(self, tensor: Tensor, codec: Codec) -> Tensor:
+        decoded, payload_bytes = cross(tensor, codec)
+        self.traffic.sent_bytes += payload_bytes
+        return decoded
+
+    def _receive(self, tensor: Tensor, codec: Codec) -> Tensor:
+        decoded, payload_bytes = cross(tensor, codec)
+        self.traffic.received_bytes += payload_bytes
+        return decoded
+
+
+def link_codecs(codecs: Mapping[str, Codec]) -> LinkCodecs:
+    """Pick a link's codecs out of a table by direction."""
+    return LinkCodecs(
+        smashed=codecs["smashed"],
+        trunk_output=codecs["trunk_output"],
+        output_gradient=codecs["output_gradient"],
+        smashed_gradient=codecs["smashed_gradient"],
+    )
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
