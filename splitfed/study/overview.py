@@ -1,0 +1,108 @@
+"""The top of a report: what run it is, its figures at a glance, and what the model wrote before and after."""
+
+from dataclasses import dataclass
+
+from splitfed.study import wording
+from splitfed.study.page import Html, element
+from splitfed.study.record import RunRecord
+from splitfed.study.summary import bytes_per_token, mean_loss, total_bytes, total_statements
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """What was measured on the base model, and on the base model with the exported adapter. None = not measured."""
+
+    held_out_loss_before: float | None = None
+    held_out_loss_after: float | None = None
+    prompt: str = ""
+    sample_before: str | None = None
+    """What the base model wrote after the prompt."""
+    sample_after: str | None = None
+    """What it wrote with the adapter."""
+
+
+def header(record: RunRecord, heading: str) -> Html:
+    """Name the run, say how far it came and which part of which model stayed on the devices."""
+    model = record.config.shared().model
+    cut = f"devices hold {_blocks(model.bottom_blocks)} at the bottom and {_blocks(model.top_blocks)} at the top"
+    state = "finished" if record.is_finished else "not finished"
+    return element(
+        "header",
+        element("p", "splitfed · report of a run", kind="eyebrow"),
+        element("h1", heading),
+        element("p", f"{state.capitalize()} · base model {model.base} · {cut}", kind="note"),
+    )
+
+
+def tiles(record: RunRecord, measured: BeforeAfter) -> Html:
+    """Give the figures that a reader looks for first."""
+    times = [one.seconds for one in record.rounds if one.seconds is not None]
+    progress = f"{len(record.rounds)} of {record.config.training.rounds}"
+    found = [_tile("Rounds", progress, f"{sum(times):,.0f} seconds" if times else "")]
+    if record.rounds:
+        found = [
+            _loss_tile(record, measured),
+            *found,
+            _tile("Agents", f"{len(record.agent_names)} of {record.config.federation.agents}", "took part"),
+            _traffic_tile(record),
+            _privacy_tile(total_statements(record)),
+        ]
+    return element("dl", *found, kind="tiles")
+
+
+def samples(measured: BeforeAfter) -> Html:
+    """Show what the model wrote before and after, side by side; nothing if neither was generated."""
+    if measured.sample_before is None and measured.sample_after is None:
+        return Html("")
+    pair = [
+        element("div", element("h3", name), element("pre", element("b", measured.prompt), sample), kind="sample")
+        for name, sample in (("Before", measured.sample_before), ("After", measured.sample_after))
+        if sample is not None
+    ]
+    return element(
+        "section",
+        element("h2", "What the model writes"),
+        element("p", "The prompt is in bold; the rest is the model’s.", kind="note"),
+        element("div", *pair, kind="pair"),
+    )
+
+
+def _loss_tile(record: RunRecord, measured: BeforeAfter) -> Html:
+    name, before, after = "before → after", measured.held_out_loss_before, measured.held_out_loss_after
+    if before is None and after is None:
+        losses = [loss for one in record.rounds if (loss := mean_loss(one, "held_out_loss")) is not None]
+        if losses:
+            name, before, after = "first → last round", losses[0], losses[-1]
+    if before is None or after is None:
+        return _tile("Held-out loss", wording.loss(before if after is None else after), "")
+    change = Html(f"{wording.loss(before)} → {wording.loss(after)}")
+    detail = f"perplexity {wording.perplexity(before)} → {wording.perplexity(after)}"
+    return _tile(f"Held-out loss, {name}", change, detail)
+
+
+def _traffic_tile(record: RunRecord) -> Html:
+    everyone = [agent for one in record.rounds for agent in one.agents.values()]
+    up, down = bytes_per_token(everyone, "up"), bytes_per_token(everyone, "down")
+    if up is None and down is None:
+        return _tile("Bytes per token", wording.NOT_SHARED, "")
+    whole = wording.size(total_bytes(everyone, "up")), wording.size(total_bytes(everyone, "down"))
+    rates = Html(f"↑ {wording.count(up)} &nbsp;↓ {wording.count(down)}")
+    return _tile("Bytes per token", rates, Html(f"{whole[0]} up, {whole[1]} down"))
+
+
+def _privacy_tile(statements: list[str]) -> Html:
+    name = "Privacy in total"
+    if len(statements) != 1:
+        detail = "The agents differ; see what was given away." if statements else ""
+        return _tile(name, "see below" if statements else wording.NOT_SHARED, detail, kind="wide")
+    value, _, reason = statements[0].partition(": ")
+    return _tile(name, value, reason, kind="wide warning" if value == "none" else "wide")
+
+
+def _tile(name: str, value: str, detail: str, *, kind: str = "") -> Html:
+    below = [element("dd", detail, kind="detail")] if detail else []
+    return element("div", element("dt", name), element("dd", value, kind="value"), *below, kind=kind)
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"

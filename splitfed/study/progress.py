@@ -1,0 +1,113 @@
+"""The middle of a report: loss, privacy spent, traffic and time, round after round."""
+
+from splitfed.study import wording
+from splitfed.study.page import Html, element, table
+from splitfed.study.plots import FIRST, SECOND, Series, bar_plot, line_plot
+from splitfed.study.record import Round, RunRecord
+from splitfed.study.summary import (
+    CHANNELS,
+    Direction,
+    LossName,
+    bytes_per_token,
+    channels,
+    largest_epsilon,
+    mean_loss,
+    total_statements,
+)
+
+
+def plots_section(record: RunRecord) -> Html:
+    """Plot the losses and the traffic over the rounds; what nobody shared is said to be so."""
+    if not record.rounds:
+        return Html("")
+    return element("section", element("div", _loss_figure(record), _traffic_figure(record), kind="pair"))
+
+
+def rounds_section(record: RunRecord) -> Html:
+    """Give the table of rounds, with the terms under which its epsilons hold."""
+    heading = element("h2", "Rounds")
+    if not record.rounds:
+        return element("section", heading, element("p", "No round has ended yet.", kind="note"))
+    names = channels(record.rounds)
+    head = ["Round", "Training loss", "Held-out loss", *(f"ε {CHANNELS.get(name, name)}" for name in names)]
+    rows = [_row(finished, names) for finished in record.rounds]
+    return element(
+        "section",
+        heading,
+        table([*head, "B/token ↑", "B/token ↓", "Seconds"], rows),
+        element("p", _terms(record), kind="note"),
+        *(element("p", f"Total: {statement}.", kind="warning") for statement in total_statements(record)),
+    )
+
+
+def _row(finished: Round, names: list[str]) -> list[str]:
+    agents = list(finished.agents.values())
+    return [
+        str(finished.number),
+        wording.loss(mean_loss(finished, "training_loss")),
+        wording.loss(mean_loss(finished, "held_out_loss")),
+        *(wording.epsilon(largest_epsilon(finished, name)) for name in names),
+        wording.count(bytes_per_token(agents, "up")),
+        wording.count(bytes_per_token(agents, "down")),
+        wording.seconds(finished.seconds),
+    ]
+
+
+def _terms(record: RunRecord) -> str:
+    """Say what the columns mean: over which agents, and for epsilon its delta, unit and relation."""
+    agents = [agent for one in record.rounds for agent in one.agents.values()]
+    terms = sorted({(agent.delta, agent.unit, agent.relation) for agent in agents if agent.delta is not None})
+    meanings = "; ".join(
+        f"δ = {wording.delta(delta)}, unit {unit}, relation {relation}" for delta, unit, relation in terms
+    )
+    losses = "Losses in nats per token, the agents’ mean by weight."
+    if not meanings:
+        return f"{losses} No agent shared its epsilons."
+    sharing = sum(agent.epsilon is not None for agent in record.rounds[-1].agents.values())
+    of_whom = f"{sharing} of {len(record.rounds[-1].agents)} agents"
+    return f"{losses} ε per channel, spent by the end of the round, the largest of {of_whom}: {meanings}."
+
+
+def _loss_figure(record: RunRecord) -> Html:
+    series = []
+    kinds: tuple[tuple[LossName, str, str], ...] = (
+        ("training_loss", "training", FIRST),
+        ("held_out_loss", "held-out", SECOND),
+    )
+    for key, name, color in kinds:
+        mean = [mean_loss(one, key) for one in record.rounds]
+        of_agents = [
+            [getattr(one.agents[agent], key) if agent in one.agents else None for one in record.rounds]
+            for agent in record.agent_names
+        ]
+        if any(value is not None for value in mean):
+            series.append(Series(name, color, mean, of_agents if len(of_agents) > 1 else ()))
+    if not series:
+        return _figure("Loss", "", "No agent shared its losses.")
+    plot = line_plot(_numbers(record), series, label="nats per token", description="Loss by round")
+    note = "Bold: the agents’ mean. Thin: each agent." if series[0].per_agent else ""
+    return _figure("Loss", plot, note)
+
+
+def _traffic_figure(record: RunRecord) -> Html:
+    series = []
+    ways: tuple[tuple[Direction, str, str], ...] = (
+        ("up", "agents to server", FIRST),
+        ("down", "server to agents", SECOND),
+    )
+    for direction, name, color in ways:
+        values = [bytes_per_token(one.agents.values(), direction) for one in record.rounds]
+        if any(value is not None for value in values):
+            series.append(Series(name, color, values))
+    if not series:
+        return _figure("Traffic", "", "The traffic was not shared.")
+    plot = bar_plot(_numbers(record), series, label="bytes per token", description="Bytes per token by round")
+    return _figure("Traffic", plot, "Everything on the wire, adapters and framing included.")
+
+
+def _figure(name: str, plot: str, caption: str) -> Html:
+    return element("figure", element("h3", name), Html(plot), element("figcaption", caption) if caption else "")
+
+
+def _numbers(record: RunRecord) -> list[int]:
+    return [one.number for one in record.rounds]
