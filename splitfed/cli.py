@@ -1,5 +1,6 @@
 """The command line. Nothing heavy is imported before a command needs it, so that ``--help`` is instant."""
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -94,6 +95,38 @@ def demo(
     from splitfed.demo import run_demo
 
     raise typer.Exit(run_demo(directory))
+
+
+@app.command()
+def ledger(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="ledger.jsonl of an agent's state directory.")],
+    delta: Annotated[float, typer.Option("--delta", help="The delta to state epsilon at.")] = 1e-5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what an agent's releases have cost."""
+    if not 0 < delta < 1:
+        raise ConfigError(f"--delta is {delta}; give a number between 0 and 1")
+    from splitfed.privacy.ledger_file import read_ledger
+    from splitfed.privacy.spending import CHANNELS, Spending, total_statement
+
+    contents = read_ledger(file)
+    spending, releases = Spending(), dict.fromkeys(CHANNELS, 0)
+    for row in contents.rows:
+        spending.add(row)
+        releases[row.channel] += row.sequences
+    epsilon = {channel: spending.epsilon(channel, delta) for channel in CHANNELS}
+    total = total_statement(spending.unprotected())
+    unit, relation = "sequence", "replace-one"
+    if contents.header is not None:
+        unit, relation = contents.header.unit, contents.header.relation
+    if as_json:
+        statement = {"releases": releases, "epsilon": epsilon, "total": total}
+        typer.echo(json.dumps({**statement, "delta": delta, "unit": unit, "relation": relation}))
+        return
+    for channel in CHANNELS:
+        cost = "nothing is guaranteed" if epsilon[channel] is None else f"epsilon {epsilon[channel]:.4g}"
+        typer.echo(f"{channel.replace('_', ' '):<16} {releases[channel]:>10} releases   {cost}")
+    typer.echo(f"at delta {delta:g}, for one {unit} under {relation}; total: {total}")
 
 
 def _log_to_stderr() -> None:

@@ -1,5 +1,6 @@
 """The command line: what a person at a terminal sees."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,61 @@ def test_an_error_in_service_is_one_sentence_and_never_a_traceback(
     assert ended.value.code == status
     said = "splitfed: rows.csv: is empty; give another file\n" if isinstance(error, SplitFedError) else ""
     assert capsys.readouterr().err == said
+
+
+@pytest.fixture
+def ledger_file(tmp_path: Path) -> Path:
+    """A ledger of two charges for smashed data and an unprotected adapter."""
+    from splitfed.privacy import Ledger
+
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        for step in range(2):
+            ledger.charge(
+                "smashed", noise_multiplier=2.0, records=["a", "b"], sequences=2, run="run", round=1, step=step
+            )
+        ledger.charge("adapter", noise_multiplier=0.0, records=[], sequences=1, run="run", round=1, step=2)
+    return tmp_path / "ledger.jsonl"
+
+
+def test_a_ledger_is_shown_as_the_agent_states_it(ledger_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from splitfed.privacy import Ledger
+
+    before = ledger_file.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ledger", str(ledger_file), "--json"])
+    assert ended.value.code == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert ledger_file.read_bytes() == before
+    with Ledger(ledger_file) as ledger:
+        assert shown["epsilon"]["smashed"] == ledger.spent("smashed", 1e-5) > 0
+        assert shown["epsilon"]["output_gradient"] == 0
+        assert shown["epsilon"]["adapter"] is None
+        assert shown["total"] == ledger.total_statement()
+    assert shown["releases"] == {"smashed": 4, "output_gradient": 0, "adapter": 1}
+    assert (shown["delta"], shown["unit"], shown["relation"]) == (1e-5, "sequence", "replace-one")
+
+
+def test_a_ledger_is_shown_to_a_person_with_delta_unit_and_relation(
+    ledger_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["ledger", str(ledger_file), "--delta", "1e-6"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["smashed", "4", "releases", "epsilon"]
+    assert lines[2].endswith("nothing is guaranteed")
+    assert lines[3].startswith("at delta 1e-06, for one sequence under replace-one; total: none: the adapter update")
+
+
+def test_showing_a_ledger_that_is_not_there_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ledger", str(tmp_path / "gone.jsonl")])
+    assert ended.value.code == 1
+    assert "gone.jsonl" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_delta_outside_its_range_is_refused(ledger_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ledger", str(ledger_file), "--delta", "1"])
+    assert ended.value.code == 2
+    assert "--delta is 1.0" in capsys.readouterr().err

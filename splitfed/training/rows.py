@@ -80,15 +80,18 @@ def _read_text(file: Path) -> Iterator[tuple[int, Row]]:
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
     with file.open(encoding="utf-8-sig") as lines:
+        is_first = True
         for number, line in enumerate(lines, start=1):
-            if number == 1 and line.lstrip().startswith("["):
+            if not line.strip():
+                continue
+            if is_first and line.lstrip().startswith("["):
                 yield from _read_json_list(line + lines.read())
                 return
-            if line.strip():
-                try:
-                    yield number, _columns(number, json.loads(line.strip()))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"row {number} is not JSON ({error.msg}, column {error.colno})") from error
+            is_first = False
+            try:
+                yield number, _columns(number, json.loads(line.strip()))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"row {number} is not JSON ({error.msg}, column {error.colno})") from error
 
 
 def _read_json_list(text: str) -> Iterator[tuple[int, Row]]:
