@@ -1,6 +1,6 @@
 """Studies of finished runs: reports and plots."""
 
-from splitfed.study.overview import BeforeAfter
+from splitfed.study.measured import BeforeAfter
 from splitfed.study.record import RunRecord, read_run
 from splitfed.study.report import write_report
 

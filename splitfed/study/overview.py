@@ -1,24 +1,10 @@
 """The top of a report: what run it is, its figures at a glance, and what the model wrote before and after."""
 
-from dataclasses import dataclass
-
 from splitfed.study import wording
+from splitfed.study.measured import BeforeAfter
 from splitfed.study.page import Html, element
 from splitfed.study.record import RunRecord
 from splitfed.study.summary import bytes_per_token, mean_loss, total_bytes, total_statements
-
-
-@dataclass(frozen=True)
-class BeforeAfter:
-    """What was measured on the base model, and on the base model with the exported adapter. None = not measured."""
-
-    held_out_loss_before: float | None = None
-    held_out_loss_after: float | None = None
-    prompt: str = ""
-    sample_before: str | None = None
-    """What the base model wrote after the prompt."""
-    sample_after: str | None = None
-    """What it wrote with the adapter."""
 
 
 def header(record: RunRecord, heading: str) -> Html:

@@ -1,6 +1,7 @@
 """The middle of a report: loss, privacy spent, traffic and time, round after round."""
 
 from splitfed.study import wording
+from splitfed.study.measured import BeforeAfter
 from splitfed.study.page import Html, element, table
 from splitfed.study.plots import FIRST, SECOND, Series, bar_plot, line_plot
 from splitfed.study.record import Round, RunRecord
@@ -16,36 +17,37 @@ from splitfed.study.summary import (
 )
 
 
-def plots_section(record: RunRecord) -> Html:
+def plots_section(record: RunRecord, measured: BeforeAfter) -> Html:
     """Plot the losses and the traffic over the rounds; what nobody shared is said to be so."""
     if not record.rounds:
         return Html("")
-    return element("section", element("div", _loss_figure(record), _traffic_figure(record), kind="pair"))
+    return element("section", element("div", _loss_figure(record, measured), _traffic_figure(record), kind="pair"))
 
 
-def rounds_section(record: RunRecord) -> Html:
+def rounds_section(record: RunRecord, measured: BeforeAfter) -> Html:
     """Give the table of rounds, with the terms under which its epsilons hold."""
     heading = element("h2", "Rounds")
     if not record.rounds:
         return element("section", heading, element("p", "No round has ended yet.", kind="note"))
     names = channels(record.rounds)
     head = ["Round", "Training loss", "Held-out loss", *(f"ε {CHANNELS.get(name, name)}" for name in names)]
-    rows = [_row(finished, names) for finished in record.rounds]
+    losses = _held_out_losses(record, measured)
+    rows = [_row(finished, loss, names) for finished, loss in zip(record.rounds, losses, strict=True)]
     return element(
         "section",
         heading,
         table([*head, "B/token ↑", "B/token ↓", "Seconds"], rows),
-        element("p", _terms(record), kind="note"),
+        element("p", _terms(record, measured), kind="note"),
         *(element("p", f"Total: {statement}.", kind="warning") for statement in total_statements(record)),
     )
 
 
-def _row(finished: Round, names: list[str]) -> list[str]:
+def _row(finished: Round, held_out_loss: float | None, names: list[str]) -> list[str]:
     agents = list(finished.agents.values())
     return [
         str(finished.number),
         wording.loss(mean_loss(finished, "training_loss")),
-        wording.loss(mean_loss(finished, "held_out_loss")),
+        wording.loss(held_out_loss),
         *(wording.epsilon(largest_epsilon(finished, name)) for name in names),
         wording.count(bytes_per_token(agents, "up")),
         wording.count(bytes_per_token(agents, "down")),
@@ -53,7 +55,7 @@ def _row(finished: Round, names: list[str]) -> list[str]:
     ]
 
 
-def _terms(record: RunRecord) -> str:
+def _terms(record: RunRecord, measured: BeforeAfter) -> str:
     """Say what the columns mean: over which agents, and for epsilon its delta, unit and relation."""
     agents = [agent for one in record.rounds for agent in one.agents.values()]
     terms = sorted({(agent.delta, agent.unit, agent.relation) for agent in agents if agent.delta is not None})
@@ -61,6 +63,8 @@ def _terms(record: RunRecord) -> str:
         f"δ = {wording.delta(delta)}, unit {unit}, relation {relation}" for delta, unit, relation in terms
     )
     losses = "Losses in nats per token, the agents’ mean by weight."
+    if measured.held_out_loss_by_round:
+        losses += " Held-out loss measured on each round’s exported adapter."
     if not meanings:
         return f"{losses} No agent shared its epsilons."
     sharing = sum(agent.epsilon is not None for agent in record.rounds[-1].agents.values())
@@ -68,25 +72,36 @@ def _terms(record: RunRecord) -> str:
     return f"{losses} ε per channel, spent by the end of the round, the largest of {of_whom}: {meanings}."
 
 
-def _loss_figure(record: RunRecord) -> Html:
+def _loss_figure(record: RunRecord, measured: BeforeAfter) -> Html:
     series = []
-    kinds: tuple[tuple[LossName, str, str], ...] = (
-        ("training_loss", "training", FIRST),
-        ("held_out_loss", "held-out", SECOND),
-    )
-    for key, name, color in kinds:
-        mean = [mean_loss(one, key) for one in record.rounds]
-        of_agents = [
-            [getattr(one.agents[agent], key) if agent in one.agents else None for one in record.rounds]
-            for agent in record.agent_names
-        ]
-        if any(value is not None for value in mean):
-            series.append(Series(name, color, mean, of_agents if len(of_agents) > 1 else ()))
+    training = [mean_loss(one, "training_loss") for one in record.rounds]
+    if any(loss is not None for loss in training):
+        series.append(Series("training", FIRST, training, _of_agents(record, "training_loss")))
+    held_out = _held_out_losses(record, measured)
+    if any(loss is not None for loss in held_out):
+        of_agents = () if measured.held_out_loss_by_round else _of_agents(record, "held_out_loss")
+        series.append(Series("held-out", SECOND, held_out, of_agents))
     if not series:
         return _figure("Loss", "", "No agent shared its losses.")
     plot = line_plot(_numbers(record), series, label="nats per token", description="Loss by round")
-    note = "Bold: the agents’ mean. Thin: each agent." if series[0].per_agent else ""
-    return _figure("Loss", plot, note)
+    has_agents = any(one.per_agent for one in series)
+    return _figure("Loss", plot, "Bold: all agents together. Thin: each agent." if has_agents else "")
+
+
+def _held_out_losses(record: RunRecord, measured: BeforeAfter) -> list[float | None]:
+    if measured.held_out_loss_by_round:
+        return [measured.held_out_loss_by_round.get(one.number) for one in record.rounds]
+    return [mean_loss(one, "held_out_loss") for one in record.rounds]
+
+
+def _of_agents(record: RunRecord, name: LossName) -> list[list[float | None]]:
+    """Each agent's loss over the rounds; nothing for a single agent, whose loss is the mean."""
+    if len(record.agent_names) < 2:
+        return []
+    return [
+        [getattr(one.agents[agent], name) if agent in one.agents else None for one in record.rounds]
+        for agent in record.agent_names
+    ]
 
 
 def _traffic_figure(record: RunRecord) -> Html:
@@ -102,7 +117,7 @@ def _traffic_figure(record: RunRecord) -> Html:
     if not series:
         return _figure("Traffic", "", "The traffic was not shared.")
     plot = bar_plot(_numbers(record), series, label="bytes per token", description="Bytes per token by round")
-    return _figure("Traffic", plot, "Everything on the wire, adapters and framing included.")
+    return _figure("Traffic", plot, "What the run counted on the wire ÷ tokens.")
 
 
 def _figure(name: str, plot: str, caption: str) -> Html:

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from splitfed.study.overview import BeforeAfter, header, samples, tiles
+from splitfed.study.measured import BeforeAfter
+from splitfed.study.overview import header, samples, tiles
 from splitfed.study.page import element, page
 from splitfed.study.participants import agents_section, privacy_section
 from splitfed.study.progress import plots_section, rounds_section
 from splitfed.study.record import read_run
 from splitfed.study.settings import settings_section
+
+__all__ = ["BeforeAfter", "write_report"]
 
 
 def write_report(
@@ -40,8 +43,8 @@ def write_report(
     content = [
         header(record, heading),
         tiles(record, measured),
-        plots_section(record),
-        rounds_section(record),
+        plots_section(record, measured),
+        rounds_section(record, measured),
         samples(measured),
         privacy_section(record),
         agents_section(record),

@@ -313,3 +313,11 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl: is not UTF-8 text"):
         report(run)
+
+
+def test_held_out_losses_measured_from_outside_take_the_place_of_the_agents_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [server_line(number, a=share(held_out_loss=9.0)) for number in (1, 2)])
+    _, page = report(run, before_after=BeforeAfter(held_out_loss_by_round={1: 3.25}))
+    rows = page.table("Round", "ε smashed data", "B/token ↑")
+    assert [row["Held-out loss"] for row in rows] == ["3.250", "not shared"]
+    assert "Held-out loss measured on each round’s exported adapter." in page.text
