@@ -16,6 +16,7 @@ from splitfed.config import (
     load_server_config,
     parse_address,
     refuse_plain_text,
+    to_toml,
 )
 from splitfed.errors import ConfigError
 
@@ -236,6 +237,20 @@ def test_a_run_told_with_an_unknown_key_is_refused(server: Callable[[str], Serve
 def test_a_configuration_does_not_change(server: Callable[[str], ServerConfig]) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         server(SERVER).training.rounds = 5  # type: ignore[misc]
+
+
+def test_a_configuration_that_is_written_is_read_back_equal_from_another_folder(
+    server: Callable[[str], ServerConfig], agent: Callable[[str], AgentConfig], tmp_path: Path
+) -> None:
+    certificates = '[tls]\ncertificate = "a"\nkey = "b \\"\\\\ é\\u007f\\n😀"\nauthority = "c"\n'
+    serving = server(SERVER + '[lora]\ntargets = ["q", "v"]\nalpha = 1e-30\n' + certificates)
+    acting = agent(AGENT + "[privacy]\nnoise_multiplier = 0\n" + certificates)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "server.toml").write_text(to_toml(serving))
+    (elsewhere / "agent.toml").write_text(to_toml(acting))
+    assert load_server_config(elsewhere / "server.toml") == serving
+    assert load_agent_config(elsewhere / "agent.toml") == acting
 
 
 @pytest.mark.parametrize("config_class", [ServerConfig, AgentConfig])

@@ -15,6 +15,7 @@ from splitfed.config.run import (
 )
 from splitfed.config.section import Section, TlsSection
 from splitfed.config.server import RunSection, ServerConfig, ServerSection
+from splitfed.config.write import to_toml
 
 __all__ = [
     "AgentConfig",
@@ -39,4 +40,5 @@ __all__ = [
     "load_server_config",
     "parse_address",
     "refuse_plain_text",
+    "to_toml",
 ]

@@ -105,7 +105,7 @@ class PrivacySection(Section):
     epsilon_budget: Annotated[float, Field(gt=0)] | None = None
     """Stop before either channel's epsilon passes this; left out = report only."""
     aggregation_weight: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    """Weight of this agent's adapter in the average; left out = what the run agrees on."""
+    """Weight of this agent's adapter in the average; left out = 1 with noise on, the number of examples without."""
 
     @field_validator("epsilon_budget")
     @classmethod

@@ -1,0 +1,34 @@
+"""From a configuration back to a TOML file, for the copy that a run directory keeps."""
+
+import json
+from pathlib import Path
+
+from splitfed.config.section import Section
+
+
+def to_toml(config: Section) -> str:
+    """Write a configuration as TOML that the loader reads back to an equal one, from whatever folder.
+
+    Args:
+        config: A whole file: ``ServerConfig`` or ``AgentConfig``.
+
+    Returns:
+        A table for each section, defaults included; keys that are not set are left out.
+    """
+    blocks = []
+    for name, section in config:
+        if isinstance(section, Section):
+            keys = [f"{key} = {_literal(value)}" for key, value in section if value is not None]
+            blocks.append("\n".join([f"[{name}]", *keys]) + "\n")
+    return "\n".join(blocks)
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list):
+        return f"[{', '.join(_literal(item) for item in value)}]"
+    assert isinstance(value, str | Path)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
