@@ -6,27 +6,47 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from splitfed.config import AgentConfig, ServerConfig, load_agent_config, load_server_config
+    from splitfed.assets import base_model_folder
+    from splitfed.config import (
+        AgentConfig,
+        CodecSection,
+        LoraSection,
+        ServerConfig,
+        TrainingSection,
+        load_agent_config,
+        load_server_config,
+    )
     from splitfed.errors import SplitFedError
     from splitfed.models.partition import partition
+    from splitfed.training.simulate import simulate
 
 _HOMES = {
     "AgentConfig": "splitfed.config",
+    "CodecSection": "splitfed.config",
+    "LoraSection": "splitfed.config",
     "ServerConfig": "splitfed.config",
     "SplitFedError": "splitfed.errors",
+    "TrainingSection": "splitfed.config",
+    "base_model_folder": "splitfed.assets",
     "load_agent_config": "splitfed.config",
     "load_server_config": "splitfed.config",
     "partition": "splitfed.models.partition",
+    "simulate": "splitfed.training.simulate",
 }
 
 __all__ = [
     "AgentConfig",
+    "CodecSection",
+    "LoraSection",
     "ServerConfig",
     "SplitFedError",
+    "TrainingSection",
     "__version__",
+    "base_model_folder",
     "load_agent_config",
     "load_server_config",
     "partition",
+    "simulate",
 ]
 
 

@@ -187,7 +187,7 @@ class Agent:
             traffic=traffic,
         )
         with link:
-            loss, tokens = self._train(link, prepared, round)
+            losses, loss, tokens = self._train(link, prepared, round)
             held_out_loss = self._evaluate(link, prepared, round)
         shares = self._config.agent.share_loss
         report = RoundReport(tokens, loss if shares else None, held_out_loss if shares else None)
@@ -198,6 +198,7 @@ class Agent:
         line = {
             "round": round,
             "training_loss": loss,
+            "step_losses": losses,
             "held_out_loss": held_out_loss,
             "epsilon": {channel: self._ledger.spent(channel, delta) for channel in ("smashed", "output_gradient")},
             "total": self._ledger.total_statement(),
@@ -212,8 +213,10 @@ class Agent:
         self._state.write_metrics(prepared.run_id, line)
         self._progress.round_is_over(line, run.training.rounds)
 
-    def _train(self, link: Link, prepared: Prepared, round: int) -> tuple[float, int]:
+    def _train(self, link: Link, prepared: Prepared, round: int) -> tuple[list[float], float, int]:
+        """Run the round's local steps; gives the loss of each, their mean per token, and the rows that were sent."""
         training = prepared.run.training
+        losses: list[float] = []
         loss_sum, label_tokens, sent_tokens = 0.0, 0, 0
         for step in range(training.local_steps):
             chosen = step_examples(
@@ -226,11 +229,12 @@ class Agent:
                 local_steps=training.local_steps,
             )
             result = prepared.trainer.step(link, [prepared.train[i] for i in chosen], round=round, step=step)
+            losses.append(result.loss)
             loss_sum += result.loss_sum
             label_tokens += result.label_tokens
             sent_tokens += result.sent_tokens
             self._progress.step_is_over(round, training.rounds, step, training.local_steps, result.loss)
-        return loss_sum / max(label_tokens, 1), sent_tokens
+        return losses, loss_sum / max(label_tokens, 1), sent_tokens
 
     def _evaluate(self, link: Link, prepared: Prepared, round: int) -> float | None:
         """Measure this client's model at the end of its local training."""

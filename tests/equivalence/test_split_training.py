@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from central import central_run
+from tests.equivalence.central import central_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitfed

@@ -1,0 +1,153 @@
+"""One run being served: ports, services, the clock, and a clean end."""
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from torch import Tensor
+
+from splitfed.config import ServerConfig
+from splitfed.errors import AddressInUse
+from splitfed.federation import Phase
+from splitfed.models import export_adapter
+from splitfed.proto.v1 import federation_pb2_grpc, joining_pb2_grpc, training_pb2_grpc
+from splitfed.server.base import BaseFolder
+from splitfed.server.boundary import ErrorBoundary
+from splitfed.server.coordinator import Coordinator
+from splitfed.server.engine import LocalEngine
+from splitfed.server.services import FederationService, Identity, JoiningService, TrainingService
+from splitfed.server.store import RunState, RunStore
+from splitfed.training.setup import lora_settings
+from splitfed.training.trunk_step import TrunkTrainer
+from splitfed.transport.channel import SERVER_OPTIONS, server_credentials
+
+_log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_GRACE_S = 10.0
+_LAST_WORD_S = 30.0
+
+
+class Daemon:
+    """What lives from the first port opened to the last one closed. Made and used on one event loop.
+
+    Args:
+        config: The server's configuration.
+        state: Where the run stands.
+        trainer: Owner of the trunk.
+        store: Where rounds are written.
+        base: The base model, as agents ask about it.
+    """
+
+    def __init__(
+        self, config: ServerConfig, state: RunState, trainer: TrunkTrainer, store: RunStore, base: BaseFolder
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._base = base
+        self._worker = ThreadPoolExecutor(max_workers=2, thread_name_prefix="worker")
+        self._engine = LocalEngine(trainer)
+        self._health = health.HealthServicer()
+        self._coordinator = Coordinator(
+            config,
+            state,
+            self._engine,
+            store,
+            export=self._export,
+            worker=self._worker,
+            hidden_size=trainer.hidden_size,
+        )
+        self._blocks = trainer.blocks
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Serve until the run is over, or until it is asked to stop: then work in progress ends first.
+
+        Raises:
+            AddressInUse: If an address cannot be listened on.
+        """
+        server = aio.server(interceptors=[ErrorBoundary()], options=SERVER_OPTIONS)
+        identity = Identity(self._config.run_id, is_secure=self._config.tls is not None)
+        joining_pb2_grpc.add_JoiningServicer_to_server(
+            JoiningService(self._coordinator, self._base, identity, self._worker), server
+        )
+        training_pb2_grpc.add_TrainingServicer_to_server(
+            TrainingService(self._coordinator, identity, self._blocks), server
+        )
+        federation_pb2_grpc.add_FederationServicer_to_server(FederationService(self._coordinator, identity), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        addresses = {address: self._listen(server, address) for address in self._addresses()}
+        await server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        bound = [f"{address.rpartition(':')[0]}:{port}" for address, port in addresses.items()]
+        self._store.write_address(bound[0])
+        _log.info("serving the run %s on %s", self._config.run_id, " and ".join(bound))
+        _log.info("waiting for %d agents", self._config.federation.agents)
+        await self._until_over(stop)
+        await self._health.enter_graceful_shutdown()
+        await self._coordinator.drain()
+        await server.stop(_GRACE_S)
+        self._engine.close()
+        self._worker.shutdown()
+        if stop.is_set() and self._coordinator.rounds.phase is not Phase.FINISHED:
+            _log.info(
+                "stopped after round %d of %d; --resume goes on from there",
+                self._coordinator.rounds.committed,
+                self._config.training.rounds,
+            )
+        else:
+            _log.info("the run is over; its adapter is in %s", self._store.final_adapter)
+
+    async def _until_over(self, stop: asyncio.Event) -> None:
+        """Wait for a signal or the run's end, and look at the clock meanwhile."""
+        ended = asyncio.create_task(self._coordinator.wait_for_end())
+        stopped = asyncio.create_task(stop.wait())
+        finished_s: float | None = None
+        try:
+            while not ended.done() and not stopped.done():
+                await asyncio.wait({ended, stopped}, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
+                await self._coordinator.tick()
+                if self._coordinator.rounds.phase is Phase.FINISHED:
+                    now_s = asyncio.get_running_loop().time()
+                    finished_s = finished_s or now_s
+                    if now_s - finished_s > _LAST_WORD_S:
+                        _log.warning("not every agent came to hear that the run is over")
+                        return
+        finally:
+            ended.cancel()
+            stopped.cancel()
+
+    def _addresses(self) -> list[str]:
+        wanted = [self._config.server.address, self._config.server.fed_address]
+        return list(dict.fromkeys(address for address in wanted if address is not None))
+
+    def _listen(self, server: aio.Server, address: str) -> int:
+        try:
+            if self._config.tls is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, server_credentials(self._config.tls))
+        except RuntimeError as error:
+            raise AddressInUse(
+                f"The server cannot listen on {address}: the port is in use or not this machine's; end the other process "
+                "or change [server] address."
+            ) from error
+        return int(port)
+
+    def _export(self, round: int, state: Mapping[str, Tensor]) -> None:
+        folder = self._store.adapter_folder(round)
+        draft = folder.with_name(f".{folder.name}")
+        shutil.rmtree(draft, ignore_errors=True)
+        export_adapter(
+            draft,
+            state,
+            lora_settings(self._config.lora),
+            base_folder=self._base.folder,
+            base_name=self._config.model.base,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)

@@ -1,0 +1,114 @@
+"""The run directory: whole rounds only, one run only."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitfed.errors import RunDirectoryError
+from splitfed.server.store import RunState, RunStore
+
+IDENTITY = {"name": "r", "training": {"rounds": 3}}
+
+
+def state(round: int) -> RunState:
+    return RunState(
+        round=round,
+        trunk={"model.layers.1.q.lora_A.weight": torch.full((2, 3), float(round))},
+        ends={"model.layers.0.q.lora_A.weight": torch.full((2, 3), -float(round))},
+        optimisers={"a": {"k/exp_avg": torch.tensor([1.0, 2.0])}, "b": {}},
+        weights={"a": 3, "b": 1},
+        agent_ids={"a": "00" * 16, "b": "01" * 16},
+    )
+
+
+def test_a_new_directory_has_no_round(tmp_path: Path) -> None:
+    assert RunStore(tmp_path / "run", IDENTITY).load() is None
+
+
+def test_the_last_round_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", IDENTITY)
+    for round in (1, 2, 3):
+        store.save(state(round))
+    loaded = RunStore(tmp_path / "run", IDENTITY, resume=True).load()
+    assert loaded is not None
+    wanted = state(3)
+    assert (loaded.round, loaded.weights, loaded.agent_ids) == (3, wanted.weights, wanted.agent_ids)
+    assert torch.equal(*(s.trunk["model.layers.1.q.lora_A.weight"] for s in (loaded, wanted)))
+    assert torch.equal(*(s.ends["model.layers.0.q.lora_A.weight"] for s in (loaded, wanted)))
+    assert torch.equal(loaded.optimisers["a"]["k/exp_avg"], torch.tensor([1.0, 2.0]))
+    assert loaded.optimisers["b"] == {}
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", IDENTITY)
+    for round in range(1, 6):
+        store.save(state(round))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["round-0004", "round-0005"]
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", IDENTITY)
+    store.save(state(1))
+    draft = tmp_path / "run" / "checkpoints" / ".round-0002"
+    draft.mkdir()
+    (draft / "trunk.safetensors").write_bytes(b"half")
+    loaded = store.load()
+    assert loaded is not None and loaded.round == 1
+    store.save(state(2))
+    loaded = store.load()
+    assert loaded is not None and loaded.round == 2
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", IDENTITY)
+    store.save(state(1))
+    (tmp_path / "run" / "checkpoints" / "round-0001" / "ends.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RunDirectoryError, match="round-0001 is damaged"):
+        store.load()
+
+
+def test_a_directory_with_a_run_is_refused(tmp_path: Path) -> None:
+    RunStore(tmp_path / "run", IDENTITY)
+    with pytest.raises(RunDirectoryError, match="already holds the run 'r'; use --resume"):
+        RunStore(tmp_path / "run", IDENTITY)
+
+
+def test_another_run_is_not_resumed(tmp_path: Path) -> None:
+    RunStore(tmp_path / "run", IDENTITY)
+    with pytest.raises(RunDirectoryError, match=r"its training is .*'rounds': 3"):
+        RunStore(tmp_path / "run", {**IDENTITY, "training": {"rounds": 4}}, resume=True)
+
+
+def test_overwriting_removes_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", IDENTITY)
+    store.save(state(1))
+    store.write_metrics({"round": 1})
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    store = RunStore(tmp_path / "run", {"name": "other"}, overwrite=True)
+    assert store.load() is None
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}])
+def test_a_directory_with_other_things_is_refused(tmp_path: Path, options: dict[str, bool]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="not empty"):
+        RunStore(tmp_path, IDENTITY, **options)
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="is a file"):
+        RunStore(tmp_path / "run", IDENTITY)
+
+
+def test_metrics_of_a_round_that_is_run_again_are_replaced(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "run", IDENTITY)
+    for round in (1, 2, 3):
+        store.write_metrics({"round": round, "try": 1})
+    store.write_metrics({"round": 2, "try": 2})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"round": 1, "try": 1}, {"round": 2, "try": 2}]

@@ -1,0 +1,123 @@
+"""A server and agents in this process, each in a thread: real gRPC on loopback, without the cost of new processes."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from splitfed.agent.loop import Agent
+from splitfed.agent.progress import Progress
+from splitfed.agent.state import AgentState
+from splitfed.config import AgentConfig, AgentSection, DataSection, PrivacySection, ServerConfig
+from splitfed.server.daemon import Daemon
+from splitfed.server.main import open_daemon
+
+START_S = 60.0
+END_S = 120.0
+
+
+class LocalServer:
+    """A server daemon in a thread.
+
+    Attributes:
+        daemon: The daemon.
+        address: Where it listens.
+        ended: Done when it has stopped serving.
+    """
+
+    def __init__(self, config: ServerConfig, *, resume: bool = False) -> None:
+        daemon = open_daemon(config, resume=resume)
+        assert daemon is not None
+        self.daemon: Daemon = daemon
+        self.ended: Future[None] = Future()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        file = config.run.directory / "address"
+        file.unlink(missing_ok=True)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        waited = threading.Event()
+        for _ in range(int(START_S / 0.01)):
+            if file.exists() or self.ended.done():
+                break
+            waited.wait(0.01)
+        if self.ended.done():
+            self.ended.result()
+        self.address = file.read_text().strip()
+
+    def stop(self) -> None:
+        """Ask it to stop, and wait until it has."""
+        if not self.ended.done():
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self.ended.result(END_S)
+        self._thread.join(END_S)
+
+    def _serve(self) -> None:
+        try:
+            self._loop.run_until_complete(self.daemon.serve(self._stop))
+            self.ended.set_result(None)
+        except Exception as error:
+            self.ended.set_exception(error)
+        finally:
+            self._loop.close()
+
+
+@contextmanager
+def serving(config: ServerConfig, *, resume: bool = False) -> Iterator[LocalServer]:
+    """Serve a run for as long as the block lasts."""
+    server = LocalServer(config, resume=resume)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def agent_config(
+    folder: Path,
+    name: str,
+    address: str,
+    data: Path,
+    *,
+    privacy: PrivacySection | None = None,
+    base: str | None = None,
+    **agent: Any,
+) -> AgentConfig:
+    """Configure an agent whose state is in a folder of its name; noise is off unless a policy is given."""
+    return AgentConfig(
+        agent=AgentSection(name=name, server=address, state_directory=folder / name, base=base, **agent),
+        data=DataSection(path=str(data)),
+        privacy=privacy or PrivacySection(noise_multiplier=0.0),
+    )
+
+
+def run_agent_here(config: AgentConfig) -> None:
+    """Run an agent to its end in this thread."""
+    state = AgentState(config.agent.state_directory)
+    try:
+        agent = Agent(config, state, Progress(Console(quiet=True)))
+        try:
+            agent.run()
+        finally:
+            agent.close()
+    finally:
+        state.close()
+
+
+def start_agent(config: AgentConfig) -> Future[None]:
+    """Run an agent in a thread; the future is done when it has ended."""
+    ended: Future[None] = Future()
+
+    def live() -> None:
+        try:
+            run_agent_here(config)
+            ended.set_result(None)
+        except Exception as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=live, name=config.agent.name, daemon=True).start()
+    return ended
