@@ -3,8 +3,8 @@
 from splitfed.privacy.accounting import epsilon
 from splitfed.privacy.clip import clip
 from splitfed.privacy.ledger import Ledger
+from splitfed.privacy.ledger_file import read_ledger
 from splitfed.privacy.ledger_report import LedgerReport, format_epsilon, report_ledger
-from splitfed.privacy.ledger_rows import read_ledger
 from splitfed.privacy.mechanisms import RELATION, UNIT, GaussianSequenceMechanism, Mechanism, NoMechanism
 from splitfed.privacy.noise import NoiseStream
 from splitfed.privacy.salt import record_hash

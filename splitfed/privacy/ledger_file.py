@@ -1,4 +1,4 @@
-"""A ledger's file, held by one process: opened, mended after a crash, and appended to."""
+"""A ledger's file: held by one process, which mends it after a crash and appends to it; read by any."""
 
 import fcntl
 import hashlib
@@ -110,6 +110,21 @@ class LedgerFile:
         if not contents.ends_in_newline:
             _write(self._descriptor, b"\n")
         return contents, salt
+
+
+def read_ledger(path: Path) -> LedgerContents:
+    """Read a ledger's file, which another process may be writing to; nothing is changed or locked.
+
+    Raises:
+        LedgerError: If there is no ledger, or a line of it does not check.
+    """
+    try:
+        contents = parse_ledger(path.read_bytes(), path)
+    except OSError as error:
+        raise LedgerError(f"The ledger {path} cannot be read: {error.strerror}.") from error
+    if contents.header is None:
+        raise LedgerError(f"{path} is not a privacy ledger; give the ledger.jsonl of an agent's state directory.")
+    return contents
 
 
 def _open_locked(path: Path) -> int:

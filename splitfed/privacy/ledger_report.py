@@ -9,7 +9,8 @@ from typing import Final
 from pydantic import BaseModel
 
 from splitfed.privacy.accounting import epsilon
-from splitfed.privacy.ledger_rows import Row, read_ledger
+from splitfed.privacy.ledger_file import read_ledger
+from splitfed.privacy.ledger_rows import Row
 from splitfed.privacy.mechanisms import RELATION, UNIT
 from splitfed.privacy.spending import CHANNELS, Channel, Spending, total_statement
 
@@ -52,8 +53,9 @@ class LedgerReport(BaseModel):
     unit: str = UNIT
     relation: str = RELATION
     lines: list[ReportLine]
+    releases: dict[Channel, int]
     epsilon: dict[Channel, float | None]
-    """What each channel has cost; a channel that was never charged is left out."""
+    """What each channel has cost the record that is worst off; None = nothing is guaranteed."""
     total: str
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -82,6 +84,7 @@ class LedgerReport(BaseModel):
             if value is None
             else f"{channel.replace('_', ' ')} releases so far: epsilon {format_epsilon(value)} {at}"
             for channel, value in self.epsilon.items()
+            if self.releases[channel]
         ]
         return [*said, f"in total: {self.total}"]
 
@@ -99,12 +102,12 @@ def report_ledger(path: Path, *, delta: float = 1e-5) -> LedgerReport:
     """
     spending = Spending()
     lines = [_line(rows, spending, delta) for rows in _grouped(read_ledger(path).rows)]
-    used = {line.channel for line in lines}
     return LedgerReport(
         path=path,
         delta=delta,
         lines=lines,
-        epsilon={channel: spending.epsilon(channel, delta) for channel in CHANNELS if channel in used},
+        releases={channel: sum(line.releases for line in lines if line.channel == channel) for channel in CHANNELS},
+        epsilon={channel: spending.epsilon(channel, delta) for channel in CHANNELS},
         total=total_statement(spending.unprotected()),
     )
 

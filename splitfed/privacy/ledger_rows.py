@@ -89,28 +89,13 @@ def parse_ledger(content: bytes, path: Path) -> LedgerContents:
         try:
             _append(contents, line)
         except ValueError as error:
-            if not line.endswith(b"\n"):
+            if _is_unfinished(line):
                 contents.torn_bytes = len(line)
                 break
             raise LedgerError(
                 f"Line {number} of the ledger {path} is damaged, so what was spent is not known; restore the file from "
                 "a backup, or move it and its salt away and accept that what was spent is forgotten."
             ) from error
-    return contents
-
-
-def read_ledger(path: Path) -> LedgerContents:
-    """Read a ledger's file, which another process may be writing to; nothing is changed or locked.
-
-    Raises:
-        LedgerError: If there is no ledger, or a line of it does not check.
-    """
-    try:
-        contents = parse_ledger(path.read_bytes(), path)
-    except OSError as error:
-        raise LedgerError(f"The ledger {path} cannot be read: {error.strerror}.") from error
-    if contents.header is None:
-        raise LedgerError(f"{path} is not a privacy ledger; give the ledger.jsonl of an agent's state directory.")
     return contents
 
 
@@ -121,6 +106,12 @@ def _lines(content: bytes) -> Iterator[bytes]:
         end = content.find(b"\n", start) + 1 or len(content)
         yield content[start:end]
         start = end
+
+
+def _is_unfinished(line: bytes) -> bool:
+    """Tell the beginning of a line, which a crash leaves, from a whole line that was damaged."""
+    start_of_check = line.find(_CHECK_KEY)
+    return not line.endswith(b"\n") and (start_of_check < 0 or len(line) - start_of_check < _CHECK_BYTES)
 
 
 def _append(contents: LedgerContents, line: bytes) -> None:
