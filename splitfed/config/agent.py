@@ -66,7 +66,7 @@ class DataSection(Section):
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the records to evaluate on instead of training on them."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows to read at most."""
+    """Rows to read at most, of each file."""
 
     @field_validator("held_out_path")
     @classmethod
