@@ -1,6 +1,5 @@
 """The command line. Nothing heavy is imported before a command needs it, so that ``--help`` is instant."""
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -18,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_WIDTH_OF_A_FILE = 160
 
 ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="The configuration, a TOML file.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plain text to and from other machines.")]
@@ -106,27 +107,23 @@ def ledger(
     """Show what an agent's releases have cost."""
     if not 0 < delta < 1:
         raise ConfigError(f"--delta is {delta}; give a number between 0 and 1")
-    from splitfed.privacy.ledger_file import read_ledger
-    from splitfed.privacy.spending import CHANNELS, Spending, total_statement
+    from rich.console import Console
+    from rich.table import Table
 
-    contents = read_ledger(file)
-    spending, releases = Spending(), dict.fromkeys(CHANNELS, 0)
-    for row in contents.rows:
-        spending.add(row)
-        releases[row.channel] += row.sequences
-    epsilon = {channel: spending.epsilon(channel, delta) for channel in CHANNELS}
-    total = total_statement(spending.unprotected())
-    unit, relation = "sequence", "replace-one"
-    if contents.header is not None:
-        unit, relation = contents.header.unit, contents.header.relation
+    from splitfed.privacy import report_ledger
+
+    report = report_ledger(file, delta=delta)
     if as_json:
-        statement = {"releases": releases, "epsilon": epsilon, "total": total}
-        typer.echo(json.dumps({**statement, "delta": delta, "unit": unit, "relation": relation}))
+        typer.echo(report.model_dump_json())
         return
-    for channel in CHANNELS:
-        cost = "nothing is guaranteed" if epsilon[channel] is None else f"epsilon {epsilon[channel]:.4g}"
-        typer.echo(f"{channel.replace('_', ' '):<16} {releases[channel]:>10} releases   {cost}")
-    typer.echo(f"at delta {delta:g}, for one {unit} under {relation}; total: {total}")
+    headings, rows = report.table()
+    table = Table(*headings, box=None)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
+    console.print(table)
+    for sentence in report.summary():
+        console.print(sentence, soft_wrap=True)
 
 
 def _log_to_stderr() -> None:
