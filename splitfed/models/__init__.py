@@ -1,1 +1,45 @@
-"""One causal language model as bottom, trunk and top: partition, loading of one segment, LoRA adapters."""
+"""One causal language model as bottom, trunk and top: partition, loading of one side, LoRA adapters."""
+
+from splitfed.models.adapters import (
+    LoraSettings,
+    adapter_parameters,
+    adapter_shapes,
+    adapter_state,
+    add_adapter,
+    initial_adapter,
+    load_adapter_state,
+)
+from splitfed.models.base import resolve_base
+from splitfed.models.checkpoint import Checkpoint, TensorIdentity, checkpoint_tensors
+from splitfed.models.export import check_adapter, export_adapter
+from splitfed.models.fingerprint import canonical_config, tensor_hashes
+from splitfed.models.partition import Bottom, Partition, Segment, Top, Trunk, partition
+from splitfed.models.weights import load_bottom_and_top, load_shell, load_trunk, segment_tensor_names
+
+__all__ = [
+    "Bottom",
+    "Checkpoint",
+    "LoraSettings",
+    "Partition",
+    "Segment",
+    "TensorIdentity",
+    "Top",
+    "Trunk",
+    "adapter_parameters",
+    "adapter_shapes",
+    "adapter_state",
+    "add_adapter",
+    "canonical_config",
+    "check_adapter",
+    "checkpoint_tensors",
+    "export_adapter",
+    "initial_adapter",
+    "load_adapter_state",
+    "load_bottom_and_top",
+    "load_shell",
+    "load_trunk",
+    "partition",
+    "resolve_base",
+    "segment_tensor_names",
+    "tensor_hashes",
+]

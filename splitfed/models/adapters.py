@@ -1,4 +1,4 @@
-"""LoRA adapters on segments, keyed as the whole model's, and their export as one standard PEFT adapter.
+"""LoRA adapters on segments, keyed as the whole model's.
 
 Every factor is initialised from (run seed, whole-model key) alone, so that any cut, any agent and a central baseline
 start from the same numbers.
@@ -9,7 +9,7 @@ Shapes: R rank, I input features, O output features.
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from splitfed.models.cut import block_list_name
+from splitfed.models.cut import layer_names, linear_layers
 from splitfed.models.segment import Segment
 
 _ADAPTER_NAME = "default"
@@ -54,20 +54,13 @@ def add_adapter(segment: Segment, lora: LoraSettings, *, seed: int) -> None:
         seed: The run's seed.
 
     Raises:
-        ValueError: If no layer of the segment's blocks is called as ``lora.targets`` say.
+        ValueError: If no layer of the whole model's blocks is called as one of ``lora.targets``.
     """
     segment.model.requires_grad_(False)
-    targets = _target_layers(segment.model, lora)
-    if not targets:
+    _check_targets(lora, segment.layer_names)
+    if not target_layers(segment.model, lora):
         return
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(targets),
-        fan_in_fan_out=_is_transposed(targets),
-        init_lora_weights=False,
-    )
+    config = peft_config(segment.model, lora)
     inject_adapter_in_model(config, segment.model, adapter_name=_ADAPTER_NAME)
     for key, parameter in adapter_parameters(segment).items():
         parameter.data = initial_factor(key, parameter.shape, seed=seed)  # float32, whatever the base's dtype
@@ -140,17 +133,31 @@ def initial_factor(key: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
     return torch.from_numpy((2 * uniform - 1) / np.float32(math.sqrt(shape[1])))
 
 
-def expected_adapter_shapes(segment: Segment, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
-    """Say which tensors an adapter of a segment consists of, whether or not it has one.
+def adapter_shapes(source: Segment | PreTrainedModel, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """Say which tensors an adapter consists of, whether or not it is there yet.
 
     Args:
-        segment: A segment, on any device (``meta`` included).
+        source: A segment or the whole model, on any device (``meta`` included).
         lora: Size and place of the adapter.
 
+    Returns:
+        Shapes by whole-model key.
+
     Raises:
-        ValueError: If no layer of the segment's blocks is called as ``lora.targets`` say.
+        ValueError: If no layer of the whole model's blocks is called as one of ``lora.targets``.
     """
-    return _adapter_shapes(segment.model, lora, segment.whole_model_name)
+    if isinstance(source, Segment):
+        _check_targets(lora, source.layer_names)
+        whole_name, model = source.whole_model_name, source.model
+    else:
+        _check_targets(lora, layer_names(source))
+        whole_name, model = str, source
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in target_layers(model, lora).items():
+        n_inputs, n_outputs = _layer_size(layer)
+        shapes[f"{whole_name(name)}.lora_A.weight"] = (lora.rank, n_inputs)
+        shapes[f"{whole_name(name)}.lora_B.weight"] = (n_outputs, lora.rank)
+    return shapes
 
 
 def initial_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int) -> dict[str, Tensor]:
@@ -162,41 +169,58 @@ def initial_adapter(model: PreTrainedModel, lora: LoraSettings, *, seed: int) ->
         seed: The run's seed.
 
     Raises:
-        ValueError: If no layer of the blocks is called as ``lora.targets`` say.
+        ValueError: If no layer of the blocks is called as one of ``lora.targets``.
     """
-    shapes = _adapter_shapes(model, lora, str)
-    return {key: initial_factor(key, shape, seed=seed) for key, shape in shapes.items()}
+    return {key: initial_factor(key, shape, seed=seed) for key, shape in adapter_shapes(model, lora).items()}
 
 
-def _adapter_shapes(
-    model: PreTrainedModel, lora: LoraSettings, whole_model_name: Callable[[str], str]
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, layer in _target_layers(model, lora).items():
-        n_inputs, n_outputs = _layer_size(layer)
-        shapes[f"{whole_model_name(name)}.lora_A.weight"] = (lora.rank, n_inputs)
-        shapes[f"{whole_model_name(name)}.lora_B.weight"] = (n_outputs, lora.rank)
-    return shapes
+def target_layers(model: PreTrainedModel, lora: LoraSettings) -> dict[str, nn.Module]:
+    """Find the layers to adapt.
 
+    Args:
+        model: A segment's model, or the whole one, on any device.
+        lora: Size and place of the adapter.
 
-def _target_layers(model: PreTrainedModel, lora: LoraSettings) -> dict[str, nn.Module]:
-    """Layers of the blocks to adapt, by local name; an adapter that is already there does not change the answer."""
-    prefix = f"{block_list_name(model)}."
-    linear = {
-        name.removesuffix(".base_layer"): layer
-        for name, layer in model.named_modules()
-        if name.startswith(prefix) and isinstance(layer, nn.Linear | Conv1D) and ".lora_" not in name
-    }
+    Returns:
+        Linear layers of the blocks, by their name in ``model``.
+    """
+    layers = linear_layers(model)
     if lora.targets is None:
-        return linear
-    chosen = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in lora.targets}
-    if linear and not chosen:
-        present = sorted({name.rpartition(".")[2] for name in linear})
+        return layers
+    return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in lora.targets}
+
+
+def peft_config(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
+    """Say in peft's words which layers of a model are adapted, and how.
+
+    Targets are last name components, as other tools expect, or full names where a component alone would also match a
+    layer that is not adapted.
+
+    Args:
+        model: A segment's model, or the whole one, on any device.
+        lora: Size and place of the adapter.
+    """
+    layers = target_layers(model, lora)
+    components = {name.rpartition(".")[2] for name in layers}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in components}
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(components if matched == layers.keys() else layers),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _check_targets(lora: LoraSettings, present: frozenset[str]) -> None:
+    unknown = sorted(set(lora.targets or ()) - present)
+    if unknown:
         raise ValueError(
-            f"No layer of the blocks is called as the LoRA targets {list(lora.targets)} say; "
-            f"choose among {', '.join(present)}."
+            f"No linear layer of the blocks is called {unknown[0]!r}, which is among the LoRA targets; "
+            f"choose among {', '.join(sorted(present))}."
         )
-    return chosen
 
 
 def _layer_size(layer: nn.Module) -> tuple[int, int]:
@@ -204,7 +228,3 @@ def _layer_size(layer: nn.Module) -> tuple[int, int]:
         return layer.in_features, layer.out_features
     assert isinstance(layer, Conv1D)
     return int(layer.nx), int(layer.nf)
-
-
-def _is_transposed(layers: Mapping[str, nn.Module]) -> bool:
-    return any(isinstance(layer, Conv1D) for layer in layers.values())

@@ -117,20 +117,6 @@ class Checkpoint:
             yield file
 
 
-def tensor_hashes(folder: Path, names: Iterable[str]) -> dict[str, TensorIdentity]:
-    """Hash tensors of a checkpoint, whatever its sharding.
-
-    Args:
-        folder: The checkpoint.
-        names: Which tensors, by their names in the checkpoint.
-
-    Raises:
-        WeightsError: If a tensor is not there, or a file is damaged.
-    """
-    checkpoint = Checkpoint(folder)
-    return {name: checkpoint.identity(name) for name in sorted(names)}
-
-
 def checkpoint_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Read tensors of a checkpoint one after the other, as they are stored.
 

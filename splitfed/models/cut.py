@@ -3,18 +3,18 @@
 import copy
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from splitfed.models.families import Family, family_of
 
 # Configuration entries with one value a block, by any family's name for them: cut with the blocks.
 _PER_BLOCK_ENTRIES = (
     "attention_layers",
-    "indexer_types",
     "layer_rope_theta",
     "layer_types",
     "layers_block_type",
@@ -54,6 +54,21 @@ def block_list_name(model: PreTrainedModel) -> str:
     return f"{model.base_model_prefix}.{family_of(model.config.model_type).blocks}"
 
 
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """List the linear layers of the blocks by name; a LoRA adapter that is there already does not change the answer."""
+    prefix = f"{block_list_name(model)}."
+    return {
+        name.removesuffix(".base_layer"): layer
+        for name, layer in model.named_modules()
+        if name.startswith(prefix) and isinstance(layer, nn.Linear | Conv1D) and ".lora_" not in name
+    }
+
+
+def layer_names(model: PreTrainedModel) -> frozenset[str]:
+    """Last components of the names of the blocks' linear layers, such as ``q_proj``."""
+    return frozenset(name.rpartition(".")[2] for name in linear_layers(model))
+
+
 def cut(
     model: PreTrainedModel, family: Family, *, blocks: range, has_embeddings: bool, has_head: bool
 ) -> PreTrainedModel:
@@ -73,7 +88,7 @@ def cut(
         A model of the same class.
     """
     base = model.base_model
-    block_list = base.get_submodule(family.blocks)
+    block_list = cast(nn.ModuleList, base.get_submodule(family.blocks))
     memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     for config in _configs(model):
         memo[id(config)] = _cut_config(config, blocks, n_blocks=len(block_list))
@@ -112,9 +127,13 @@ def _pass_through(base: nn.Module, names: tuple[str, ...]) -> dict[int, Any]:
 def _cut_config(config: PreTrainedConfig, blocks: range, *, n_blocks: int) -> PreTrainedConfig:
     cut_config = copy.deepcopy(config)
     for entry in _PER_BLOCK_ENTRIES:
-        values = getattr(config, entry, None)
+        values = config.__dict__.get(entry)
         if isinstance(values, list | tuple) and len(values) == n_blocks:
             setattr(cut_config, entry, values[blocks.start : blocks.stop])
+    if getattr(config, "attn_layer_indices", None):
+        cut_config.attn_layer_indices = [index - blocks.start for index in config.attn_layer_indices if index in blocks]
+    if hasattr(config, "attn_layer_offset"):
+        cut_config.attn_layer_offset = (config.attn_layer_offset - blocks.start) % config.attn_layer_period
     cut_config.num_hidden_layers = len(blocks)
     return cut_config
 

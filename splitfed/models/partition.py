@@ -6,12 +6,14 @@ back ends and the cache stay the library's.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from splitfed.errors import SplitPointError, UnsupportedFamily
-from splitfed.models.cut import cut
-from splitfed.models.families import family_of
+from splitfed.models.cut import cut, layer_names
+from splitfed.models.families import Family, family_of
 from splitfed.models.segment import Bottom, Segment, Top, Trunk
 
 __all__ = ["Bottom", "Partition", "Segment", "Top", "Trunk", "check_split_point", "partition"]
@@ -49,29 +51,27 @@ def partition(model: PreTrainedModel, *, bottom_blocks: int, top_blocks: int) ->
 
     Raises:
         SplitPointError: If the trunk would hold no block, or a count is negative.
-        UnsupportedFamily: If the family is not proven to split, or the router's loss is asked for.
+        UnsupportedFamily: If the family is not proven to split, or the configuration asks for a loss over all routers
+            (``output_router_logits``) or gives blocks settings of their own (``per_layer_config``).
+        ValueError: If ``model`` is not a model of transformers.
 
     Guarantees:
         * Segments chained give the whole model's logits, loss and gradients, up to float32 rounding.
         * The segments' parameters are the given model's own ``Parameter`` objects.
         * The given model's modules and configuration are not changed.
     """
-    family = family_of(model.config.model_type)
-    if getattr(model.config, "output_router_logits", False):
-        raise UnsupportedFamily(
-            "output_router_logits=true in the model's configuration adds a loss over the routers of every block, "
-            "which no segment can see; set it to false."
-        )
-    n_blocks = len(model.base_model.get_submodule(family.blocks))
+    family = _checked_family(model)
+    n_blocks = len(cast(nn.ModuleList, model.base_model.get_submodule(family.blocks)))
     check_split_point(n_blocks, bottom_blocks=bottom_blocks, top_blocks=top_blocks)
     first, last = bottom_blocks, n_blocks - top_blocks
     bottom = cut(model, family, blocks=range(first), has_embeddings=True, has_head=False)
     trunk = cut(model, family, blocks=range(first, last), has_embeddings=False, has_head=False)
     top = cut(model, family, blocks=range(last, n_blocks), has_embeddings=False, has_head=True)
+    names = layer_names(model)
     return Partition(
-        bottom=Bottom(bottom, blocks=range(first)),
-        trunk=Trunk(trunk, blocks=range(first, last)),
-        top=Top(top, blocks=range(last, n_blocks)),
+        bottom=Bottom(bottom, blocks=range(first), layer_names=names),
+        trunk=Trunk(trunk, blocks=range(first, last), layer_names=names),
+        top=Top(top, blocks=range(last, n_blocks), layer_names=names),
         bottom_blocks=bottom_blocks,
         top_blocks=top_blocks,
     )
@@ -93,3 +93,23 @@ def check_split_point(n_blocks: int, *, bottom_blocks: int, top_blocks: int) -> 
             f"bottom_blocks={bottom_blocks} and top_blocks={top_blocks} do not split a model of {n_blocks} blocks; "
             f"both must be 0 or more and their sum at most {n_blocks - 1}, so that the trunk keeps a block."
         )
+
+
+def _checked_family(model: PreTrainedModel) -> Family:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"partition takes a causal language model of transformers, not a {type(model).__name__}; "
+            "of a PeftModel give get_base_model()."
+        )
+    family = family_of(model.config.model_type)
+    if getattr(model.config, "output_router_logits", False):
+        raise UnsupportedFamily(
+            "output_router_logits=true in the model's configuration adds a loss over the routers of every block, "
+            "which no segment can see; set it to false."
+        )
+    if getattr(model.config, "is_heterogeneous", False):
+        raise UnsupportedFamily(
+            "per_layer_config in the model's configuration gives blocks settings of their own, which is not proven "
+            "to split; use a model without it."
+        )
+    return family

@@ -3,10 +3,12 @@
 Shapes: B sequences, T tokens, D hidden, V vocabulary.
 """
 
+from inspect import signature
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from splitfed.models.cut import block_list_name
@@ -21,14 +23,16 @@ class Segment(nn.Module):
         kind: Which of the three.
         blocks: The segment's blocks, as indices in the whole model.
         model: The model's own class with these blocks only; it shares the whole model's parameters.
+        layer_names: Last name components of the linear layers of all blocks, those of other segments included.
     """
 
     kind: SegmentKind
 
-    def __init__(self, model: PreTrainedModel, *, blocks: range) -> None:
+    def __init__(self, model: PreTrainedModel, *, blocks: range, layer_names: frozenset[str]) -> None:
         super().__init__()
         self.blocks = blocks
         self.model = model
+        self.layer_names = layer_names
         self._block_list_name = block_list_name(model)
 
     @property
@@ -43,7 +47,20 @@ class Segment(nn.Module):
 
     def new_cache(self) -> Cache:
         """An empty key-value cache of this segment's blocks, to pass as ``past_key_values``."""
-        return DynamicCache(config=self.config)
+        cache = DynamicCache(config=self.config)
+        if cache.layers and not self._has_attention:
+            cache.layers.append(DynamicLayer())  # see _count_tokens
+        return cache
+
+    @property
+    def _has_attention(self) -> bool:
+        return any(isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=self.config).layers)
+
+    def _count_tokens(self, cache: Cache | None, hidden_BTD: Tensor) -> None:
+        """Let a cache know how many tokens it has seen where no attention block of the segment does."""
+        if cache is not None and not self._has_attention:
+            token_BHTD = hidden_BTD.new_empty((hidden_BTD.shape[0], 1, hidden_BTD.shape[1], 1))
+            cache.update(token_BHTD, token_BHTD, len(self.blocks))
 
     def whole_model_name(self, name: str) -> str:
         """Translate a parameter name of ``model`` to the whole model's name (block indices restored)."""
@@ -52,6 +69,12 @@ class Segment(nn.Module):
             return name
         index, dot, rest = tail.partition(".")
         return f"{self._block_list_name}.{int(index) + self.blocks.start}{dot}{rest}"
+
+    def _positions(self, position_ids: Tensor | None) -> dict[str, Tensor]:
+        """Pass positions to a family that takes any (ALiBi needs the mask only)."""
+        if position_ids is None or "position_ids" not in signature(self.model.base_model.forward).parameters:
+            return {}
+        return {"position_ids": position_ids}
 
     def _hidden_states(
         self,
@@ -66,9 +89,11 @@ class Segment(nn.Module):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            **({} if position_ids is None else {"position_ids": position_ids}),
+            **self._positions(position_ids),
         )
-        return cast(Tensor, output[0])
+        hidden_BTD = cast(Tensor, output[0])
+        self._count_tokens(past_key_values, hidden_BTD)
+        return hidden_BTD
 
 
 class Bottom(Segment):
@@ -169,13 +194,13 @@ class Top(Segment):
                 "leave it out when the model is split."
             )
         options.setdefault("use_cache", past_key_values is not None)
-        if position_ids is not None:
-            options["position_ids"] = position_ids
         output = self.model(
             inputs_embeds=hidden_BTD,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             labels=labels,
+            **self._positions(position_ids),
             **options,
         )
+        self._count_tokens(past_key_values, hidden_BTD)
         return cast(CausalLMOutputWithPast, output)

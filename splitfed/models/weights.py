@@ -150,7 +150,8 @@ class _Recipe:
             return {self.targets[0]: checkpoint.read(self.sources[0][0], dtype=dtype)}
         rule = copy.deepcopy(self.rule)
         for name, pattern in self.sources:
-            rule.add_tensor(self.targets[0], name, pattern, partial(checkpoint.read, name, dtype=dtype))
+            read = partial(checkpoint.read, name, dtype=dtype)
+            rule.add_tensor(self.targets[0], name, pattern, read)  # type: ignore[arg-type]  # a callable is read late
         made = rule.convert(self.targets[0], model=shell, config=shell.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -168,7 +169,7 @@ def _recipes(shell: PreTrainedModel, names: Iterable[str]) -> list[_Recipe]:
         if target not in shell_state and name in shell_state:
             target, pattern = name, None
         rule = None if pattern is None else converter_of[pattern]
-        targets = (target,)
+        targets: tuple[str, ...] = (target,)
         if rule is not None:
             targets = tuple(target.replace(rule.target_patterns[0], other) for other in rule.target_patterns)
         recipe = recipes.setdefault(target, _Recipe(targets, [], rule))
