@@ -11,6 +11,7 @@ Per = Literal["token", "sequence"]
 """What one clip covers: each token's hidden vector, or a sequence's vectors together."""
 
 _SLACK: Final = 1 - 2.0**-22  # room for rounding: the scale, and the product of each element, err by 2⁻²⁴ at most
+_LEAST_FLOAT32_SCALE: Final = 2.0**-60  # beyond it float32 would underflow here, or overflow on the way back
 _REDUCED: Final[dict[str, tuple[int, ...]]] = {"token": (-1,), "sequence": (-2, -1)}
 
 
@@ -54,4 +55,7 @@ def clip(x_BTD: Tensor, clipping_norm: float, *, per: Per) -> Tensor:
             "Lower the learning rate, or load the adapter of an earlier round."
         )
     scale: Tensor = target / norm.clamp(min=target)
-    return x_BTD * scale.to(torch.promote_types(x_BTD.dtype, torch.float32))
+    result_dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    if scale.min() < _LEAST_FLOAT32_SCALE:
+        return (x_BTD.double() * scale).to(result_dtype)
+    return x_BTD * scale.to(result_dtype)
