@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import AutoTokenizer
 
@@ -38,6 +39,8 @@ from splitfed.transport.backoff import Backoff
 from splitfed.transport.link import GrpcLink
 
 _log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,9 @@ class Agent:
         adapter_codec = get_codec(run.codecs.adapter)
         ends = {**adapter_state(trainer.bottom), **adapter_state(trainer.top)}
         shapes = {name: tuple(tensor.shape) for name, tensor in ends.items()}
-        ends = calls.fetch_adapter(prepared.run_id, round, shapes, adapter_codec, traffic)
+        ends = self._persistently(
+            lambda: calls.fetch_adapter(prepared.run_id, round, shapes, adapter_codec, traffic)
+        )
         load_adapter_state(trainer.bottom, ends)
         load_adapter_state(trainer.top, ends)
         self._load_optimiser(prepared, round)
@@ -193,7 +198,9 @@ class Agent:
         report = RoundReport(tokens, loss if shares else None, held_out_loss if shares else None)
         ends = {**adapter_state(trainer.bottom), **adapter_state(trainer.top)}
         self._state.keep_optimiser(prepared.run_id, round, trainer.optimiser.state())
-        calls.submit_adapter(prepared.run_id, round, ends, adapter_codec, report, traffic)
+        self._persistently(
+            lambda: calls.submit_adapter(prepared.run_id, round, ends, adapter_codec, report, traffic)
+        )
         delta = self._config.privacy.delta
         line = {
             "round": round,
@@ -212,6 +219,15 @@ class Agent:
         }
         self._state.write_metrics(prepared.run_id, line)
         self._progress.round_is_over(line, run.training.rounds)
+
+    def _persistently(self, call: Callable[[], R]) -> R:
+        """Make a call that may be made twice until it is answered: a lost answer must not cost a round."""
+        while True:
+            try:
+                return call()
+            except ServerUnreachable:
+                if not self._backoff.pause():
+                    raise
 
     def _train(self, link: Link, prepared: Prepared, round: int) -> tuple[list[float], float, int]:
         """Run the round's local steps; gives the loss of each, their mean per token, and the rows that were sent."""

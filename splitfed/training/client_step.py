@@ -2,8 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -183,7 +184,8 @@ class ClientTrainer:
             bottom_BTD = self.releases.smashed(
                 self.bottom(batch.input_ids_BT), records=batch.records, round=round, place=place
             )
-        output = link.forward(place, bottom_BTD.detach(), wants_smashed_gradient=self._bottom_trains)
+        with _finite("smashed data", round, place):
+            output = link.forward(place, bottom_BTD.detach(), wants_smashed_gradient=self._bottom_trains)
         return _InFlight(place, batch, bottom_BTD, output)
 
     def _turn(
@@ -216,7 +218,8 @@ class ClientTrainer:
         )
         if self.releases.is_noisy:
             gradient_BTD = gradient_BTD / self._training.batch_size
-        returning.append((sent.bottom_BTD, link.backward(sent.place, gradient_BTD)))
+        with _finite("output gradient", round, sent.place):
+            returning.append((sent.bottom_BTD, link.backward(sent.place, gradient_BTD)))
         while len(returning) > self._training.max_in_flight:
             self._finish(*returning.popleft())
         return value * divisor
@@ -229,3 +232,15 @@ class ClientTrainer:
 
     def _stream(self, segment: str, round: int, place: Place) -> int:
         return derive_seed(self._seed, segment, round, self._client, place.step, place.micro_batch)
+
+
+@contextmanager
+def _finite(what: str, round: int, place: Place) -> Iterator[None]:
+    """Say in a user's words that a codec refused a NaN or an infinity; nothing has left then."""
+    try:
+        yield
+    except ValueError as error:
+        raise NonFiniteLoss(
+            f"The {what} of step {place.step} in round {round} cannot be sent: {error} "
+            "Lower the learning rate or the noise, and start the agent again."
+        ) from error
