@@ -1,0 +1,394 @@
+"""A ledger is never short of what has left, whatever happens to the process."""
+
+import errno
+import fcntl
+import os
+import random
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from splitfed.errors import BudgetExhausted, LedgerError
+from splitfed.privacy import Charge, Ledger, epsilon, read_ledger
+
+DELTA = 1e-5
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "state" / "ledger.jsonl"
+
+
+@pytest.fixture
+def fast_disk(monkeypatch):
+    """No waiting for the disk, where a test writes thousands of times."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def charge(ledger, records=("a", "b"), *, channel="smashed", z=2.0, step=0, kind="train"):
+    count = len(records)
+    fields = {"noise_multiplier": z, "records": records, "sequences": count, "run": "r", "round": 1, "step": step}
+    ledger.charge(channel, **fields, kind=kind)
+
+
+def test_a_new_ledger_has_spent_nothing(path):
+    with Ledger(path) as ledger:
+        assert ledger.spent("smashed") == ledger.spent("output_gradient") == 0
+        assert ledger.total_statement() == "none: the adapter update is not protected"
+
+
+def test_charges_add_up_over_restarts_and_runs(path):
+    for run in range(3):
+        with Ledger(path) as ledger:
+            for step in range(4):
+                charge(ledger, step=step)
+            assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 8 * (run + 1))], DELTA)
+            assert ledger.spent("output_gradient", DELTA) == 0
+
+
+def test_evaluation_is_charged_like_training(path):
+    with Ledger(path) as ledger:
+        charge(ledger, kind="evaluate")
+        charge(ledger, kind="generate")
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 4)], DELTA)
+
+
+def test_coupled_releases_count_for_every_record_and_others_for_their_own(path):
+    with Ledger(path) as ledger:
+        charge(ledger, ["a"])
+        ledger.set_policy(coupled=False)
+        for record in "bcbb":
+            charge(ledger, [record])
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 1 + 3)], DELTA)
+    with Ledger(path) as ledger:
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 1 + 3)], DELTA)
+
+
+def test_a_release_without_noise_is_remembered_for_good(path):
+    with Ledger(path) as ledger:
+        charge(ledger, z=0)
+    with Ledger(path) as ledger:
+        charge(ledger, z=50.0)
+        assert ledger.spent("smashed") is None
+        assert ledger.total_statement() == "none: the smashed data and the adapter update are not protected"
+
+
+def test_a_charge_is_on_disk_before_it_returns(path, monkeypatch):
+    lines_synced, real_fsync = [], os.fsync
+
+    def fsync(descriptor):
+        real_fsync(descriptor)
+        lines_synced.append(path.read_bytes().count(b"\n"))
+
+    fields = {"channel": "smashed", "noise_multiplier": 1.0, "records": ("a",), "sequences": 1, "run": "r", "round": 1}
+    with Ledger(path) as ledger:
+        monkeypatch.setattr(os, "fsync", fsync)
+        charge(ledger)
+        assert lines_synced == [2]
+        ledger.charge_all([Charge(step=step, **fields) for step in range(5)])
+        assert lines_synced == [2, 7]  # several charges for the price of one
+
+
+@pytest.mark.parametrize(("reached_bytes", "rows_on_disk"), [(0, 1), (1, 1), (40, 1), (-1, 2), (None, 2)])
+def test_a_full_disk_stops_the_release_and_the_ledger(path, monkeypatch, reached_bytes, rows_on_disk):
+    real_write = os.write
+
+    def write(descriptor, block):
+        if len(block) > 1:
+            real_write(descriptor, block[:reached_bytes])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Ledger(path) as ledger:
+        charge(ledger)
+        monkeypatch.setattr(os, "write", write)
+        with pytest.raises(LedgerError, match=r"cannot be written \(No space left.*nothing was released"):
+            charge(ledger)
+        monkeypatch.undo()
+        with pytest.raises(LedgerError, match="is closed, so nothing can be released"):
+            charge(ledger)
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 2)], DELTA)
+    with Ledger(path) as ledger:  # what reached the disk counts, although nothing left
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 2 * rows_on_disk)], DELTA)
+        charge(ledger)
+
+
+def test_a_write_that_the_system_cuts_short_is_continued(path, monkeypatch):
+    real_write = os.write
+    with Ledger(path) as ledger:
+        monkeypatch.setattr(os, "write", lambda descriptor, block: real_write(descriptor, block[:7]))
+        charge(ledger)
+        monkeypatch.undo()
+        assert len(read_ledger(path).rows) == 1
+
+
+def test_a_failing_sync_stops_the_release(path, monkeypatch):
+    with Ledger(path) as ledger:
+
+        def fail(descriptor):
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(LedgerError, match="nothing was released"):
+            charge(ledger)
+        with pytest.raises(LedgerError, match="is closed"):
+            charge(ledger)
+
+
+def test_a_file_cut_at_any_byte_opens_counts_whole_rows_and_goes_on(tmp_path, fast_disk):
+    source = tmp_path / "source" / "ledger.jsonl"
+    sizes = []
+    with Ledger(source) as ledger:
+        sizes.append(source.stat().st_size)
+        for step in range(3):
+            charge(ledger, step=step)
+            sizes.append(source.stat().st_size)
+    content, salt = source.read_bytes(), source.with_suffix(".salt").read_bytes()
+    cut_path = tmp_path / "cut" / "ledger.jsonl"
+    cut_path.parent.mkdir()
+    cut_path.with_suffix(".salt").write_bytes(salt)
+    costs = [epsilon([(2.0, 2 * rows)], DELTA) for rows in range(5)]
+    for cut in range(len(content) + 1):
+        rows = max(sum(size - 1 <= cut for size in sizes) - 1, 0)
+        cut_path.write_bytes(content[:cut])
+        with Ledger(cut_path) as ledger:
+            assert ledger.spent("smashed", DELTA) == costs[rows]
+            assert ledger._file.salt == salt
+            charge(ledger)
+        with Ledger(cut_path) as ledger:
+            assert ledger.spent("smashed", DELTA) == costs[rows + 1]
+
+
+def test_damage_before_the_last_line_is_refused_and_nothing_is_changed(path):
+    with Ledger(path) as ledger:
+        charge(ledger)
+        charge(ledger)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"noise_multiplier":2.0', b'"noise_multiplier":9.0')
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(LedgerError, match=r"Line 2 of the ledger .* is damaged.*restore the file from a backup"):
+        Ledger(path)
+    assert path.read_bytes() == b"".join(lines)
+    with pytest.raises(LedgerError, match="damaged"):
+        Ledger(path)  # refused for the damage again, not because the first one still holds it
+
+
+def test_a_file_that_is_no_ledger_is_refused(path):
+    path.parent.mkdir()
+    path.write_text('{"text": "a row of somebody\'s data set"}\n')
+    with pytest.raises(LedgerError, match="Line 1"):
+        Ledger(path)
+
+
+def test_a_second_ledger_on_the_same_file_is_refused_until_the_first_is_closed(path):
+    with Ledger(path), pytest.raises(LedgerError, match="is held by another agent"):
+        Ledger(path)
+    Ledger(path).close()
+
+
+def test_a_file_held_by_another_process_is_refused(path):
+    Ledger(path).close()
+    script = (
+        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(LedgerError, match="is held by another agent"):
+            Ledger(path)
+        other.stdin.close()
+        other.wait()
+    Ledger(path).close()
+
+
+def test_the_lock_is_one_that_another_process_meets(path):
+    with Ledger(path), path.open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_only_the_owner_can_read_the_ledger_and_its_salt(path):
+    path.parent.mkdir()
+    path.touch(mode=0o666)
+    previous = os.umask(0)
+    try:
+        Ledger(path).close()
+    finally:
+        os.umask(previous)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o600}
+
+
+def test_a_record_has_the_same_name_after_a_restart_and_another_on_another_device(path, tmp_path):
+    with Ledger(path) as ledger:
+        name = ledger.record_hash(b"content")
+    with Ledger(path) as ledger:
+        assert ledger.record_hash(b"content") == name
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        assert ledger.record_hash(b"content") != name
+
+
+def test_a_missing_or_foreign_salt_is_refused_because_records_would_not_be_known_again(path):
+    Ledger(path).close()
+    salt_path = path.with_suffix(".salt")
+    salt = salt_path.read_bytes()
+    salt_path.write_bytes(bytes(32))
+    with pytest.raises(LedgerError, match="is not that of the ledger"):
+        Ledger(path)
+    salt_path.unlink()
+    with pytest.raises(LedgerError, match="is missing"):
+        Ledger(path)
+    salt_path.write_bytes(salt)
+    Ledger(path).close()
+
+
+def test_a_place_that_cannot_be_written_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LedgerError, match=r"cannot be opened: (Not a directory|File exists)"):
+        Ledger(tmp_path / "file" / "ledger.jsonl")
+    with pytest.raises(LedgerError, match="cannot be opened: Is a directory"):
+        Ledger(tmp_path)
+
+
+def test_the_budget_stops_before_it_is_passed_and_writes_nothing_then(path):
+    budget = epsilon([(2.0, 7)], DELTA)
+    with Ledger(path) as ledger:
+        ledger.set_policy(delta=DELTA, epsilon_budget=budget)
+        for _ in range(3):
+            charge(ledger)
+        before = path.read_bytes()
+        with pytest.raises(BudgetExhausted, match=r"channel smashed would pass the epsilon budget of .* is spent"):
+            charge(ledger)
+        assert path.read_bytes() == before
+        charge(ledger, ["a"])  # the seventh release still fits
+        assert ledger.spent("smashed") == pytest.approx(budget)
+    with Ledger(path) as ledger:
+        ledger.set_policy(delta=DELTA, epsilon_budget=budget)
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, ["a"])
+
+
+def test_each_channel_has_the_whole_budget_and_the_adapter_has_none(path):
+    with Ledger(path) as ledger:
+        ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 2)], DELTA))
+        charge(ledger, channel="smashed")
+        charge(ledger, channel="output_gradient")
+        charge(ledger, channel="adapter", z=0.0)
+        with pytest.raises(BudgetExhausted, match="channel output_gradient"):
+            charge(ledger, channel="output_gradient")
+
+
+def test_a_release_without_noise_passes_every_budget(path):
+    with Ledger(path) as ledger:
+        ledger.set_policy(epsilon_budget=1e9)
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, z=0.0)
+
+
+def test_charges_that_pass_the_budget_together_are_refused_together(path):
+    fields = {"noise_multiplier": 2.0, "records": ("a",), "sequences": 1, "run": "r", "round": 1, "step": 0}
+    charges = [Charge(channel="smashed", **fields), Charge(channel="output_gradient", **fields)]
+    with Ledger(path) as ledger:
+        ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 2)], DELTA))
+        assert not ledger.would_exceed(charges * 2)
+        assert ledger.would_exceed(charges * 3)
+        with pytest.raises(BudgetExhausted):
+            ledger.charge_all(charges * 3)
+        assert ledger.spent("smashed") == ledger.spent("output_gradient") == 0
+        ledger.charge_all(charges * 2)
+        assert ledger.spent("output_gradient") == epsilon([(2.0, 2)], DELTA)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"delta": 0.0}, "delta must be between 0 and 1"),
+        ({"delta": float("nan")}, "delta must be between 0 and 1"),
+        ({"epsilon_budget": 0.0}, "budget must be above 0"),
+        ({"epsilon_budget": float("nan")}, "budget must be above 0"),
+    ],
+)
+def test_a_policy_out_of_range_is_refused(path, policy, message):
+    with Ledger(path) as ledger, pytest.raises(ValueError, match=message):
+        ledger.set_policy(**policy)
+
+
+def test_a_charge_with_a_wrong_argument_writes_nothing(path):
+    with Ledger(path) as ledger:
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match="channel"):
+            charge(ledger, channel="loss")
+        with pytest.raises(ValueError, match="noise_multiplier"):
+            charge(ledger, z=-1.0)
+        assert path.read_bytes() == before
+
+
+def test_charges_from_several_threads_are_all_counted(path, fast_disk):
+    with Ledger(path) as ledger, ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda step: charge(ledger, step=step), range(200)))
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 400)], DELTA)
+    assert sorted(row.step for row in read_ledger(path).rows) == list(range(200))
+
+
+def test_reading_needs_no_lock_and_changes_nothing(path):
+    with Ledger(path, clock=lambda: 1234.5678) as ledger:
+        charge(ledger)
+        with path.open("ab") as file:
+            file.write(b'{"chan')  # as if another row were just being written
+        before = path.read_bytes()
+        contents = read_ledger(path)
+        assert [(row.row, row.time_s, row.records) for row in contents.rows] == [(1, 1234.568, ("a", "b"))]
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"spl'])
+def test_reading_what_is_no_ledger_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "ledger.jsonl").write_bytes(content)
+    with pytest.raises(LedgerError, match=r"cannot be read: No such file|is not a privacy ledger"):
+        read_ledger(tmp_path / "ledger.jsonl")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from splitfed.privacy import Ledger
+
+for _ in range(int(sys.argv[2])):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    ledger = Ledger(Path(sys.argv[1]))
+    os.write(1, f"{os.getpid()}\\n".encode())
+    while True:
+        ledger.charge("smashed", noise_multiplier=2.0, records=["a"], sequences=1, run="r", round=1, step=0)
+        os.write(1, b"sent\\n")
+"""
+
+
+def test_a_process_killed_at_any_instant_has_charged_all_that_it_sent(path):
+    lives, sent = 12, 0
+    chance = random.Random(0)
+    command = [sys.executable, "-c", KILLED, str(path), str(lives)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        for _ in range(lives):
+            child = int(process.stdout.readline())
+            for _ in range(chance.randrange(30)):
+                assert process.stdout.readline() == b"sent\n"
+                sent += 1
+            os.kill(child, 9)
+            while (line := _peek(process.stdout)) == b"sent\n":
+                process.stdout.readline()
+                sent += 1
+            assert line == b"" or line.strip().isdigit()
+    charged = len(read_ledger(path).rows)
+    assert sent <= charged <= sent + lives
+    with Ledger(path) as ledger:
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, charged)], DELTA)
+
+
+def _peek(stream):
+    """Read the next line and leave it there; empty at the end."""
+    ahead = stream.peek()
+    return ahead[: ahead.find(b"\n") + 1]
