@@ -42,6 +42,9 @@ class Daemon:
         trainer: Owner of the trunk.
         store: Where rounds are written.
         base: The base model, as agents ask about it.
+
+    Attributes:
+        coordinator: Owner of the run's state.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Daemon:
         self._worker = ThreadPoolExecutor(max_workers=2, thread_name_prefix="worker")
         self._engine = LocalEngine(trainer)
         self._health = health.HealthServicer()
-        self._coordinator = Coordinator(
+        self.coordinator = Coordinator(
             config,
             state,
             self._engine,
@@ -73,12 +76,12 @@ class Daemon:
         server = aio.server(interceptors=[ErrorBoundary()], options=SERVER_OPTIONS)
         identity = Identity(self._config.run_id, is_secure=self._config.tls is not None)
         joining_pb2_grpc.add_JoiningServicer_to_server(
-            JoiningService(self._coordinator, self._base, identity, self._worker), server
+            JoiningService(self.coordinator, self._base, identity, self._worker), server
         )
         training_pb2_grpc.add_TrainingServicer_to_server(
-            TrainingService(self._coordinator, identity, self._blocks), server
+            TrainingService(self.coordinator, identity, self._blocks), server
         )
-        federation_pb2_grpc.add_FederationServicer_to_server(FederationService(self._coordinator, identity), server)
+        federation_pb2_grpc.add_FederationServicer_to_server(FederationService(self.coordinator, identity), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         addresses = {address: self._listen(server, address) for address in self._addresses()}
         await server.start()
@@ -89,14 +92,14 @@ class Daemon:
         _log.info("waiting for %d agents", self._config.federation.agents)
         await self._until_over(stop)
         await self._health.enter_graceful_shutdown()
-        await self._coordinator.drain()
+        await self.coordinator.drain()
         await server.stop(_GRACE_S)
         self._engine.close()
         self._worker.shutdown()
-        if stop.is_set() and self._coordinator.rounds.phase is not Phase.FINISHED:
+        if stop.is_set() and self.coordinator.rounds.phase is not Phase.FINISHED:
             _log.info(
                 "stopped after round %d of %d; --resume goes on from there",
-                self._coordinator.rounds.committed,
+                self.coordinator.rounds.committed,
                 self._config.training.rounds,
             )
         else:
@@ -104,14 +107,14 @@ class Daemon:
 
     async def _until_over(self, stop: asyncio.Event) -> None:
         """Wait for a signal or the run's end, and look at the clock meanwhile."""
-        ended = asyncio.create_task(self._coordinator.wait_for_end())
+        ended = asyncio.create_task(self.coordinator.wait_for_end())
         stopped = asyncio.create_task(stop.wait())
         finished_s: float | None = None
         try:
             while not ended.done() and not stopped.done():
                 await asyncio.wait({ended, stopped}, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
-                await self._coordinator.tick()
-                if self._coordinator.rounds.phase is Phase.FINISHED:
+                await self.coordinator.tick()
+                if self.coordinator.rounds.phase is Phase.FINISHED:
                     now_s = asyncio.get_running_loop().time()
                     finished_s = finished_s or now_s
                     if now_s - finished_s > _LAST_WORD_S:

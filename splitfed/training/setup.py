@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from splitfed.config import LoraSection, ModelSection
+from splitfed.errors import ConfigError
 from splitfed.models import (
     Bottom,
     LoraSettings,
+    Segment,
     Top,
     Trunk,
     add_adapter,
@@ -33,7 +35,7 @@ def open_trunk(folder: Path, model: ModelSection, lora: LoraSection, *, seed: in
     trunk = load_trunk(
         folder, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks, dtype=_DTYPES[model.dtype]
     )
-    add_adapter(trunk, lora_settings(lora), seed=seed)
+    _adapt(trunk, lora, seed)
     return trunk
 
 
@@ -42,8 +44,8 @@ def open_bottom_and_top(folder: Path, model: ModelSection, lora: LoraSection, *,
     bottom, top = load_bottom_and_top(
         folder, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks, dtype=_DTYPES[model.dtype]
     )
-    add_adapter(bottom, lora_settings(lora), seed=seed)
-    add_adapter(top, lora_settings(lora), seed=seed)
+    _adapt(bottom, lora, seed)
+    _adapt(top, lora, seed)
     return bottom, top
 
 
@@ -58,3 +60,10 @@ def start_of_run(folder: Path, lora: LoraSection, trunk: Mapping[str, Tensor], *
     """
     whole = initial_adapter(load_shell(folder), lora_settings(lora), seed=seed)
     return {name: tensor for name, tensor in whole.items() if name not in trunk}
+
+
+def _adapt(segment: Segment, lora: LoraSection, seed: int) -> None:
+    try:
+        add_adapter(segment, lora_settings(lora), seed=seed)
+    except ValueError as error:
+        raise ConfigError(f"[lora] targets: {error}") from error

@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,3 +122,12 @@ def start_agent(config: AgentConfig) -> Future[None]:
 
     threading.Thread(target=live, name=config.agent.name, daemon=True).start()
     return ended
+
+
+def wait_until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Look again and again until something is so."""
+    deadline_s = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not is_so():
+        assert time.monotonic() < deadline_s, "it never came to that"
+        pause.wait(0.005)

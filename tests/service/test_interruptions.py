@@ -1,9 +1,6 @@
 """Whatever is interrupted, the result is that of an undisturbed run, to the bit (noise off, one machine)."""
 
 import json
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from splitfed.errors import LinkError, ServerUnreachable
 from splitfed.privacy import read_ledger
 from tests.service.conftest import server_config, write_texts
 from tests.service.cutting_proxy import CuttingProxy
-from tests.service.local import LocalServer, agent_config, run_agent_here, serving, start_agent
+from tests.service.local import LocalServer, agent_config, run_agent_here, serving, start_agent, wait_until
 
 NAMES = ("a", "b")
 ROUNDS = {"rounds": 3, "local_steps": 4, "micro_batch_size": 2, "max_in_flight": 2}
@@ -153,11 +150,3 @@ def released(ledger: Path) -> dict[str, int]:
     for charge in read_ledger(ledger).rows:
         counts[charge.channel] = counts.get(charge.channel, 0) + charge.sequences
     return counts
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        pause.wait(0.005)
