@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from splitfed.models.cut import layer_names, linear_layers
+from splitfed.models.cut import adaptable_layers, adaptable_names
 from splitfed.models.segment import Segment
 
 _ADAPTER_NAME = "default"
@@ -34,7 +34,8 @@ class LoraSettings:
         rank: R, 1 or more.
         alpha: The update is scaled by alpha / rank.
         dropout: Probability of dropping an input of the adapter, in [0, 1).
-        targets: Last name components of the layers to adapt; None for every linear layer of the blocks.
+        targets: Last name components of the layers to adapt; None for every linear layer of the blocks, or what
+            ``families`` lists for the family.
     """
 
     rank: int = 8
@@ -57,7 +58,7 @@ def add_adapter(segment: Segment, lora: LoraSettings, *, seed: int) -> None:
         ValueError: If no layer of the whole model's blocks is called as one of ``lora.targets``.
     """
     segment.model.requires_grad_(False)
-    _check_targets(lora, segment.layer_names)
+    _check_targets(lora, segment.adaptable_names)
     if not target_layers(segment.model, lora):
         return
     config = peft_config(segment.model, lora)
@@ -147,16 +148,16 @@ def adapter_shapes(source: Segment | PreTrainedModel, lora: LoraSettings) -> dic
         ValueError: If no layer of the whole model's blocks is called as one of ``lora.targets``.
     """
     if isinstance(source, Segment):
-        _check_targets(lora, source.layer_names)
-        whole_name, model = source.whole_model_name, source.model
+        _check_targets(lora, source.adaptable_names)
+        layers = {source.whole_model_name(name): layer for name, layer in target_layers(source.model, lora).items()}
     else:
-        _check_targets(lora, layer_names(source))
-        whole_name, model = str, source
+        _check_targets(lora, adaptable_names(source))
+        layers = target_layers(source, lora)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, layer in target_layers(model, lora).items():
+    for name, layer in layers.items():
         n_inputs, n_outputs = _layer_size(layer)
-        shapes[f"{whole_name(name)}.lora_A.weight"] = (lora.rank, n_inputs)
-        shapes[f"{whole_name(name)}.lora_B.weight"] = (n_outputs, lora.rank)
+        shapes[f"{name}.lora_A.weight"] = (lora.rank, n_inputs)
+        shapes[f"{name}.lora_B.weight"] = (n_outputs, lora.rank)
     return shapes
 
 
@@ -184,7 +185,7 @@ def target_layers(model: PreTrainedModel, lora: LoraSettings) -> dict[str, nn.Mo
     Returns:
         Linear layers of the blocks, by their name in ``model``.
     """
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     if lora.targets is None:
         return layers
     return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in lora.targets}
@@ -218,7 +219,7 @@ def _check_targets(lora: LoraSettings, present: frozenset[str]) -> None:
     unknown = sorted(set(lora.targets or ()) - present)
     if unknown:
         raise ValueError(
-            f"No linear layer of the blocks is called {unknown[0]!r}, which is among the LoRA targets; "
+            f"No layer of the blocks that LoRA can adapt is called {unknown[0]!r}, which is among its targets; "
             f"choose among {', '.join(sorted(present))}."
         )
 

@@ -54,19 +54,25 @@ def block_list_name(model: PreTrainedModel) -> str:
     return f"{model.base_model_prefix}.{family_of(model.config.model_type).blocks}"
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """List the linear layers of the blocks by name; a LoRA adapter that is there already does not change the answer."""
+def adaptable_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """List the linear layers of the blocks that LoRA can adapt, by name.
+
+    Args:
+        model: A whole model or a segment's, on any device; an adapter that is there already changes nothing.
+    """
     prefix = f"{block_list_name(model)}."
-    return {
-        name.removesuffix(".base_layer"): layer
-        for name, layer in model.named_modules()
-        if name.startswith(prefix) and isinstance(layer, nn.Linear | Conv1D) and ".lora_" not in name
+    targets = family_of(model.config.model_type).targets
+    layers = {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name
     }
+    return {name: layer for name, layer in layers.items() if targets is None or name.rpartition(".")[2] in targets}
 
 
-def layer_names(model: PreTrainedModel) -> frozenset[str]:
-    """Last components of the names of the blocks' linear layers, such as ``q_proj``."""
-    return frozenset(name.rpartition(".")[2] for name in linear_layers(model))
+def adaptable_names(model: PreTrainedModel) -> frozenset[str]:
+    """Last components of the names of those layers, such as ``q_proj``."""
+    return frozenset(name.rpartition(".")[2] for name in adaptable_layers(model))
 
 
 def cut(

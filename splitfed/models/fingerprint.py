@@ -1,4 +1,4 @@
-"""What agent and server compare when they meet: the configuration as far as it decides numbers, and the tensors' bytes."""
+"""What agent and server compare when they meet: the configuration, as far as it decides numbers, and the tensors."""
 
 import hashlib
 import json

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitfed.errors import SplitPointError, UnsupportedFamily
-from splitfed.models.cut import cut, layer_names
+from splitfed.models.cut import adaptable_names, cut
 from splitfed.models.families import Family, family_of
 from splitfed.models.segment import Bottom, Segment, Top, Trunk
 
@@ -67,11 +67,11 @@ def partition(model: PreTrainedModel, *, bottom_blocks: int, top_blocks: int) ->
     bottom = cut(model, family, blocks=range(first), has_embeddings=True, has_head=False)
     trunk = cut(model, family, blocks=range(first, last), has_embeddings=False, has_head=False)
     top = cut(model, family, blocks=range(last, n_blocks), has_embeddings=False, has_head=True)
-    names = layer_names(model)
+    names = adaptable_names(model)
     return Partition(
-        bottom=Bottom(bottom, blocks=range(first), layer_names=names),
-        trunk=Trunk(trunk, blocks=range(first, last), layer_names=names),
-        top=Top(top, blocks=range(last, n_blocks), layer_names=names),
+        bottom=Bottom(bottom, blocks=range(first), adaptable_names=names),
+        trunk=Trunk(trunk, blocks=range(first, last), adaptable_names=names),
+        top=Top(top, blocks=range(last, n_blocks), adaptable_names=names),
         bottom_blocks=bottom_blocks,
         top_blocks=top_blocks,
     )

@@ -23,16 +23,16 @@ class Segment(nn.Module):
         kind: Which of the three.
         blocks: The segment's blocks, as indices in the whole model.
         model: The model's own class with these blocks only; it shares the whole model's parameters.
-        layer_names: Last name components of the linear layers of all blocks, those of other segments included.
+        adaptable_names: Last name components of the layers that LoRA can adapt, over all blocks of the whole model.
     """
 
     kind: SegmentKind
 
-    def __init__(self, model: PreTrainedModel, *, blocks: range, layer_names: frozenset[str]) -> None:
+    def __init__(self, model: PreTrainedModel, *, blocks: range, adaptable_names: frozenset[str]) -> None:
         super().__init__()
         self.blocks = blocks
         self.model = model
-        self.layer_names = layer_names
+        self.adaptable_names = adaptable_names
         self._block_list_name = block_list_name(model)
 
     @property

@@ -163,7 +163,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "ministral": _SLIDING,
     "mistral": {"sliding_window": WINDOW},
     "mixtral": {**_EXPERTS, "sliding_window": WINDOW},
-    "moshi": {"sliding_window": WINDOW, "ffn_dim": 48},
+
     "nemotron_h": {
         **_EXPERTS,
         "layers_block_type": ["mamba", "moe", "attention", "moe"],
