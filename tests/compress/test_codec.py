@@ -80,12 +80,12 @@ def test_payload_and_tensors_share_no_memory(codec, dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("position", [0, 63, 64, 129])
-def test_a_value_that_is_not_finite_is_refused_by_encode(codec, dtype, value, position):
-    x = normal((1, 130), dtype)
-    x[0, position] = value
-    with pytest.raises(ValueError, match="NaN or an infinite"):
-        codec.encode(x)
+def test_a_value_that_is_not_finite_is_refused_by_encode(codec, dtype, value):
+    for position in (0, 63, 64, 129):
+        x = normal((1, 130), dtype)
+        x[0, position] = value
+        with pytest.raises(ValueError, match="NaN or an infinite"):
+            codec.encode(x)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0, 4), (-1, 4), (2, -4), (2.0, 4), (True, 4), ("8",), (1,) * 9])

@@ -31,7 +31,7 @@ def scale_per_element(x_ND):
         fill=st.floats(-1, 1, width=32),
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_the_error_is_at_most_half_a_scale(x_ND):
     decoded = INT8.decode(INT8.encode(torch.from_numpy(x_ND)), x_ND.shape).numpy()
     scale = scale_per_element(x_ND)
@@ -42,8 +42,8 @@ def test_the_error_is_at_most_half_a_scale(x_ND):
 
 
 @pytest.mark.parametrize("columns", [1, 2, 63, 64, 65, 127, 128, 129])
-def test_the_bound_holds_on_a_million_normal_values_at_every_alignment(columns):
-    x_ND = torch.randn(1_000_000 // columns, columns, generator=torch.Generator().manual_seed(columns))
+def test_the_bound_holds_and_is_tight_at_every_alignment(columns):
+    x_ND = torch.randn(200_000 // columns, columns, generator=torch.Generator().manual_seed(columns))
     decoded = INT8.decode(INT8.encode(x_ND), x_ND.shape)
     scale = scale_per_element(x_ND.numpy())
     error = (decoded.double() - x_ND.double()).abs().numpy()

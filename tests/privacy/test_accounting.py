@@ -1,6 +1,8 @@
 """Epsilon equals closed forms, and never falls below the exact one."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +94,16 @@ def test_little_noise_and_thousands_of_releases_give_the_figure_that_they_should
     stated = epsilon([(0.005, 4_000)], 1e-5)
     assert stated == pytest.approx(rho + 2 * math.sqrt(rho * math.log(1e5)), rel=1e-5)
     assert stated == pytest.approx(8.006e7, rel=1e-3)
+
+
+def test_the_threat_model_quotes_figures_that_hold_rounded_up():
+    text = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d.]+)(?: \(default\))? \| ([\d.,]+) \| ([\d.,]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for noise_multiplier, *quoted in rows:
+        for releases, figure in zip((1, 480), quoted, strict=True):
+            stated = epsilon([(float(noise_multiplier), releases)], 1e-5)
+            assert stated <= float(figure.replace(",", "")) <= stated * 1.02
 
 
 @given(
