@@ -22,8 +22,9 @@ setup: $(STAMP) ## Install everything into .venv (the second time does nothing)
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "splitfed needs Python 3.11 or newer, but there is no $(PYTHON): install it, or run make with PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import platform, sys; sys.exit(0 if sys.version_info >= (3, 11) else "splitfed needs Python 3.11 or newer, but $(PYTHON) is " + platform.python_version() + ": run make with PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@echo "installing into $(VENV), which takes a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 .PHONY: demo
