@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from splitfed.assets import base_model_folder
@@ -137,7 +138,7 @@ def run_demo(directory: Path = DEFAULT_DIRECTORY) -> int:
     _print_table(console, table)
     console.print(f"held-out loss, stock transformers + PEFT: {before:.3f} before, {after:.3f} after\n")
     for label, sample in zip(("before", "after"), samples, strict=True):
-        console.print(f"[bold]{label}[/bold]", _PROMPT + sample, "\n", markup=True, highlight=False)
+        console.print(f"[bold]{label}[/bold]  {escape(_PROMPT + sample)}\n", highlight=False)
     write_report(
         run,
         directory / "report.html",

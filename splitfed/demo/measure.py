@@ -1,11 +1,13 @@
 """Measured the way anyone would: stock transformers and PEFT on the exported adapter."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 _BATCH = 8
 
@@ -18,13 +20,16 @@ class StockModel:
     """
 
     def __init__(self, base: Path) -> None:
+        disable_progress_bar()
         self._base = base
         self._tokenizer = AutoTokenizer.from_pretrained(base)
 
     def load(self, adapter: Path | None) -> torch.nn.Module:
         """Load the model as a user would."""
         model = AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.float32)
-        return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
+            return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
 
     @torch.no_grad()
     def held_out_loss(self, adapter: Path | None, texts: Sequence[str], *, max_tokens: int) -> float:

@@ -60,6 +60,7 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
     folder = resolve_base(config.model.base, config.model.revision)
     base = BaseFolder(folder, config.model.bottom_blocks, config.model.top_blocks)
     store = RunStore(config.run.directory, _identity(config, base), resume=resume, overwrite=overwrite)
+    store.write_config(config)
     state = store.load()
     if state is not None and state.round >= config.training.rounds:
         _log.info("the run %s is over; its adapter is in %s", config.run_id, store.final_adapter)

@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from splitfed.config import ServerConfig
 from splitfed.errors import RunDirectoryError
 
 _IDENTITY = "run.json"
 _METRICS = "metrics.jsonl"
 _ADDRESS = "address"
-_OURS = (_IDENTITY, _METRICS, _ADDRESS, "run.toml", "checkpoints", "adapters", "adapter", "report.html")
+_CONFIG = "run.toml"
+_OURS = (_IDENTITY, _METRICS, _ADDRESS, _CONFIG, "checkpoints", "adapters", "adapter", "report.html")
 _KEPT_CHECKPOINTS = 2
 
 
@@ -138,6 +140,15 @@ class RunStore:
     def write_address(self, address: str) -> None:
         """Say where the server listens, for whoever started it with port 0."""
         _write_durably(self.directory / _ADDRESS, address + "\n")
+
+    def write_config(self, config: ServerConfig) -> None:
+        """Keep the configuration beside what came of it."""
+        tables = config.model_dump(mode="json", exclude_none=True)
+        text = "\n".join(
+            f"[{name}]\n" + "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())
+            for name, table in tables.items()
+        )
+        _write_durably(self.directory / _CONFIG, text)
 
     def publish(self, round: int) -> None:
         """Make a round's exported adapter the run's."""

@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from splitfed.config import (
+    LoraSection,
+    ModelSection,
+    RunSection,
+    ServerConfig,
+    TrainingSection,
+    load_server_config,
+)
 from splitfed.errors import RunDirectoryError
 from splitfed.server.store import RunState, RunStore
 
@@ -103,6 +111,17 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(RunDirectoryError, match="is a file"):
         RunStore(tmp_path / "run", IDENTITY)
+
+
+def test_the_configuration_is_kept_in_a_form_that_loads(tmp_path: Path) -> None:
+    config = ServerConfig(
+        run=RunSection(name="r", directory=tmp_path / "run"),
+        model=ModelSection(base="demo"),
+        lora=LoraSection(targets=["q_proj"], alpha=16.0),
+        training=TrainingSection(learning_rate=1e-3),
+    )
+    RunStore(tmp_path / "run", IDENTITY).write_config(config)
+    assert load_server_config(tmp_path / "run" / "run.toml") == config
 
 
 def test_metrics_of_a_round_that_is_run_again_are_replaced(tmp_path: Path) -> None:
