@@ -83,6 +83,14 @@ def test_lines_that_are_swapped_repeated_or_missing_are_refused(order):
         parse_ledger(b"".join(LINES[i] for i in order), PATH)
 
 
+def test_a_line_of_another_ledger_is_refused_although_it_checks_by_itself():
+    other = lines_of(HEADER, row(1, sequences=9), row(2))
+    with pytest.raises(LedgerError, match="Line 3"):
+        parse_ledger(b"".join([*LINES[:2], other[2], LINES[3]]), PATH)
+    with pytest.raises(LedgerError, match="Line 3"):
+        parse_ledger(b"".join([LINES[0], other[1], *LINES[2:]]), PATH)
+
+
 @pytest.mark.parametrize("junk", [b"\n", b"{}\n", b"null\n", b"\xff\xfe\n", b"\0" * 400 + b"\n"])
 def test_a_line_that_is_none_is_refused_wherever_it_stands(junk):
     for place in range(len(LINES) + 1):
