@@ -163,7 +163,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "ministral": _SLIDING,
     "mistral": {"sliding_window": WINDOW},
     "mixtral": {**_EXPERTS, "sliding_window": WINDOW},
-
     "nemotron_h": {
         **_EXPERTS,
         "layers_block_type": ["mamba", "moe", "attention", "moe"],
