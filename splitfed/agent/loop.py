@@ -27,7 +27,7 @@ from splitfed.models import (
     segment_tensor_names,
     tensor_hashes,
 )
-from splitfed.privacy import RELATION, UNIT, Ledger
+from splitfed.privacy import RELATION, UNIT, Ledger, epsilon
 from splitfed.proto.v1 import training_pb2
 from splitfed.training.client_step import ClientTrainer
 from splitfed.training.data import ExampleSet, load_examples
@@ -167,9 +167,7 @@ class Agent:
         adapter_codec = get_codec(run.codecs.adapter)
         ends = {**adapter_state(trainer.bottom), **adapter_state(trainer.top)}
         shapes = {name: tuple(tensor.shape) for name, tensor in ends.items()}
-        ends = self._persistently(
-            lambda: calls.fetch_adapter(prepared.run_id, round, shapes, adapter_codec, traffic)
-        )
+        ends = self._persistently(lambda: calls.fetch_adapter(prepared.run_id, round, shapes, adapter_codec, traffic))
         load_adapter_state(trainer.bottom, ends)
         load_adapter_state(trainer.top, ends)
         self._load_optimiser(prepared, round)
@@ -198,9 +196,11 @@ class Agent:
         report = RoundReport(tokens, loss if shares else None, held_out_loss if shares else None)
         ends = {**adapter_state(trainer.bottom), **adapter_state(trainer.top)}
         self._state.keep_optimiser(prepared.run_id, round, trainer.optimiser.state())
-        self._persistently(
-            lambda: calls.submit_adapter(prepared.run_id, round, ends, adapter_codec, report, traffic)
-        )
+        if trainer.is_training:
+            self._ledger.charge(
+                "adapter", noise_multiplier=0, records=[], sequences=1, run=prepared.run_id, round=round, step=0
+            )
+        self._persistently(lambda: calls.submit_adapter(prepared.run_id, round, ends, adapter_codec, report, traffic))
         delta = self._config.privacy.delta
         line = {
             "round": round,
@@ -208,6 +208,7 @@ class Agent:
             "step_losses": losses,
             "held_out_loss": held_out_loss,
             "epsilon": {channel: self._ledger.spent(channel, delta) for channel in ("smashed", "output_gradient")},
+            "epsilon_per_release": epsilon([(self._config.privacy.noise_multiplier, 1)], delta),
             "total": self._ledger.total_statement(),
             "delta": delta,
             "unit": UNIT,
@@ -280,9 +281,7 @@ class Agent:
         folder = self._base_folder(run, calls)
         config_sha256 = canonical_config(folder)
         bottom, top = open_bottom_and_top(folder, run.model, run.lora, seed=run.run.seed)
-        names = segment_tensor_names(
-            folder, bottom_blocks=run.model.bottom_blocks, top_blocks=run.model.top_blocks
-        )
+        names = segment_tensor_names(folder, bottom_blocks=run.model.bottom_blocks, top_blocks=run.model.top_blocks)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         train, held_out = load_examples(
             self._config.data, tokenizer, max_tokens=run.training.max_tokens, record_hash=self._ledger.record_hash

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from splitfed.config import PrivacySection
-from splitfed.privacy import RELATION, UNIT
+from splitfed.privacy import RELATION, UNIT, format_epsilon
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self._bar: RichProgress | None = None
         self._task: Any = None
+        self._fetched_tenths = 0
         if console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
@@ -57,9 +58,10 @@ class Progress:
 
     def fetched(self, done_bytes: int, total_bytes: int) -> None:
         """Report the fetching of the base model."""
-        tenth = max(total_bytes // 10, 1)
-        if done_bytes == total_bytes or done_bytes % tenth < done_bytes // 100:
-            _log.debug("base model: %.1f of %.1f MB", done_bytes / _MEGABYTE, total_bytes / _MEGABYTE)
+        tenths = 10 * done_bytes // max(total_bytes, 1)
+        if tenths > self._fetched_tenths:
+            self._fetched_tenths = tenths
+            _log.info("base model: %.1f of %.1f MB fetched", done_bytes / _MEGABYTE, total_bytes / _MEGABYTE)
 
     def step_is_over(self, round: int, rounds: int, step: int, steps: int, loss: float) -> None:
         """Report a local step."""
@@ -68,9 +70,7 @@ class Progress:
                 self._bar.start()
                 self._task = self._bar.add_task("", total=rounds * steps, loss="")
             done = (round - 1) * steps + step + 1
-            self._bar.update(
-                self._task, description=f"round {round} of {rounds}", completed=done, loss=f"{loss:.3f}"
-            )
+            self._bar.update(self._task, description=f"round {round} of {rounds}", completed=done, loss=f"{loss:.3f}")
         elif (step + 1) % max(steps // _LINES_A_ROUND, 1) == 0:
             _log.info("round %d of %d, step %d of %d: loss %.3f", round, rounds, step + 1, steps, loss)
 
@@ -93,9 +93,10 @@ class Progress:
                 _log.info("privacy of the %s: nothing is guaranteed", name)
             else:
                 _log.info(
-                    "privacy of the %s releases so far: epsilon %.4g at delta %g, unit %s, relation %s",
+                    "privacy of the %s: epsilon %s for one release, %s for all so far; delta %g, unit %s, relation %s",
                     name,
-                    epsilon,
+                    format_epsilon(line["epsilon_per_release"]),
+                    format_epsilon(epsilon),
                     line["delta"],
                     line["unit"],
                     line["relation"],

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -11,8 +10,6 @@ from pathlib import Path
 from splitfed.errors import WeightsError
 from splitfed.proto.v1 import joining_pb2
 from splitfed.proto.v1.joining_pb2_grpc import JoiningStub
-
-_log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -59,7 +56,6 @@ def fetch_segments(
         done_bytes += sizes[tensor.name]
         if on_progress is not None:
             on_progress(done_bytes, total_bytes)
-    _log.info("fetched %.1f MB of the base model from the server", total_bytes / 1e6)
     weight_map = {tensor.name: f"{tensor.name}.safetensors" for tensor in listing.tensors}
     draft = folder / f".{_INDEX}"
     draft.write_text(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}))
@@ -74,7 +70,9 @@ def _check(listing: joining_pb2.ListSegmentsReply) -> None:
             raise WeightsError(f"The server lists {name[:100]!r}, which cannot be the name of a tensor or a file.")
     for file in listing.files:
         if file.size_bytes > _MOST_FILE_BYTES or file.name.endswith(".safetensors"):
-            raise WeightsError(f"The server lists the file {file.name!r} of {file.size_bytes} bytes, which is not expected.")
+            raise WeightsError(
+                f"The server lists the file {file.name!r} of {file.size_bytes} bytes, which is not expected."
+            )
     for tensor in listing.tensors:
         if tensor.dtype not in _DTYPE_BYTES:
             raise WeightsError(f"The server lists the tensor {tensor.name!r} with the unknown dtype {tensor.dtype!r}.")
@@ -109,5 +107,7 @@ def _store(
             digest.update(piece.data)
             file.write(piece.data)
     if left_bytes or digest.digest() != sha256:
-        raise WeightsError(f"{target.name!r} from the server is not what it listed (hash or length); start the agent again.")
+        raise WeightsError(
+            f"{target.name!r} from the server is not what it listed (hash or length); start the agent again."
+        )
     draft.rename(target)

@@ -143,7 +143,12 @@ def run_demo(directory: Path = DEFAULT_DIRECTORY) -> int:
         run,
         directory / "report.html",
         agent_directories={name: directory / name for name in agents},
-        before_after=BeforeAfter(before, after, _PROMPT, *samples),
+        before_after=BeforeAfter(
+            held_out_losses={0: before, **{row.round: row.held_out_loss for row in table}},
+            prompt=_PROMPT,
+            sample_before=samples[0],
+            sample_after=samples[1],
+        ),
         title="splitfed demo",
     )
     console.print(f"privacy in total: {_last_line(directory / agents[0])['total']}", highlight=False)
@@ -200,7 +205,15 @@ def _row(directory: Path, line: Mapping[str, Any], agents: list[str], held_out_l
 
 def _print_table(console: Console, rows: list[_Row]) -> None:
     table = Table(title="largest epsilon of any agent and channel, for one sequence, replace-one")
-    for column in ("round", "training loss", "held-out loss", "epsilon", "bytes up/token", "bytes down/token", "seconds"):
+    for column in (
+        "round",
+        "training loss",
+        "held-out loss",
+        "epsilon",
+        "bytes up/token",
+        "bytes down/token",
+        "seconds",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(

@@ -163,4 +163,6 @@ class Rounds:
         return self.committed
 
     def _all_silent_since(self, now_s: float) -> bool:
-        return all(member.is_here or now_s - member.last_progress_s > self.timeout_s for member in self._members.values())
+        return all(
+            member.is_here or now_s - member.last_progress_s > self.timeout_s for member in self._members.values()
+        )

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class Coordinator:
         self._changed = asyncio.Condition()
         self._closing = asyncio.Lock()
         self._told_end: set[str] = set()
+        self.wire_bytes: Counter[tuple[str, str]] = Counter()
         self.is_draining = False
         self.rounds.restore(state.weights, clock())
         self._agent_ids = dict(state.agent_ids)
@@ -208,14 +210,14 @@ class Coordinator:
         contribution = self._contributions.setdefault(client, Contribution())
         contribution.bytes_up += up
         contribution.bytes_down += down
+        self.wire_bytes[client, "up"] += up
+        self.wire_bytes[client, "down"] += down
 
     def note_progress(self, client: str) -> None:
         """Note that a member is at work outside its training stream."""
         self.rounds.progress(client, self._clock())
 
-    async def submit(
-        self, client: str, round: int, ends: Mapping[str, Tensor], contribution: Contribution
-    ) -> bool:
+    async def submit(self, client: str, round: int, ends: Mapping[str, Tensor], contribution: Contribution) -> bool:
         """Take a client's update.
 
         Returns:

@@ -20,6 +20,7 @@ from splitfed.server.base import BaseFolder
 from splitfed.server.boundary import ErrorBoundary
 from splitfed.server.coordinator import Coordinator
 from splitfed.server.engine import LocalEngine
+from splitfed.server.metrics import exposed
 from splitfed.server.services import FederationService, Identity, JoiningService, TrainingService
 from splitfed.server.store import RunState, RunStore
 from splitfed.training.setup import lora_settings
@@ -90,7 +91,8 @@ class Daemon:
         self._store.write_address(bound[0])
         _log.info("serving the run %s on %s", self._config.run_id, " and ".join(bound))
         _log.info("waiting for %d agents", self._config.federation.agents)
-        await self._until_over(stop)
+        with exposed(self.coordinator, self._config.server.metrics_port):
+            await self._until_over(stop)
         await self._health.enter_graceful_shutdown()
         await self.coordinator.drain()
         await server.stop(_GRACE_S)

@@ -158,7 +158,9 @@ class TrainingService(training_pb2_grpc.TrainingServicer):  # type: ignore[misc]
         yield training_pb2.TrainReply(
             opened=training_pb2.Opened(session=session.token, next_number=session.next_number)
         )
-        window: asyncio.Queue[Operation | SplitFedError | None] = asyncio.Queue(self._coordinator.config.training.max_in_flight)
+        window: asyncio.Queue[Operation | SplitFedError | None] = asyncio.Queue(
+            self._coordinator.config.training.max_in_flight
+        )
         reader = asyncio.create_task(self._read(request_iterator, session, window))
         try:
             while (operation := await window.get()) is not None:

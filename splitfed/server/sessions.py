@@ -194,9 +194,7 @@ class TrainSession:
         if gradient_BTD is None:
             return training_pb2.TrainReply(smashed_gradient=training_pb2.SmashedGradient()), []
         tensor, chunks = await self._encode(gradient_BTD, self.codecs.smashed_gradient)
-        return training_pb2.TrainReply(
-            smashed_gradient=training_pb2.SmashedGradient(smashed_gradient=tensor)
-        ), chunks
+        return training_pb2.TrainReply(smashed_gradient=training_pb2.SmashedGradient(smashed_gradient=tensor)), chunks
 
     async def _encode(self, tensor: Tensor, codec: Codec) -> tuple[tensor_pb2.Tensor, list[bytes]]:
         try:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splitfed.config import ServerConfig
+from splitfed.config import ServerConfig, to_toml
 from splitfed.errors import RunDirectoryError
 
 _IDENTITY = "run.json"
@@ -143,12 +143,7 @@ class RunStore:
 
     def write_config(self, config: ServerConfig) -> None:
         """Keep the configuration beside what came of it."""
-        tables = config.model_dump(mode="json", exclude_none=True)
-        text = "\n".join(
-            f"[{name}]\n" + "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())
-            for name, table in tables.items()
-        )
-        _write_durably(self.directory / _CONFIG, text)
+        _write_durably(self.directory / _CONFIG, to_toml(config))
 
     def publish(self, round: int) -> None:
         """Make a round's exported adapter the run's."""

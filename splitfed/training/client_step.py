@@ -64,7 +64,7 @@ class StepResult:
     @property
     def loss(self) -> float:
         """Mean loss per token, in nats."""
-        return self.loss_sum / self.label_tokens
+        return self.loss_sum / max(self.label_tokens, 1)
 
 
 @dataclass
@@ -212,7 +212,9 @@ class ClientTrainer:
         gradient_BTD = trunk_output_BTD.grad
         assert gradient_BTD is not None
         if self.releases.is_noisy:
-            gradient_BTD *= self._training.batch_size  # of per-sequence losses: the step's divisor comes after the noise
+            gradient_BTD *= (
+                self._training.batch_size
+            )  # of per-sequence losses: the step's divisor comes after the noise
         gradient_BTD = self.releases.output_gradient(
             gradient_BTD, records=sent.batch.records, round=round, place=sent.place
         )

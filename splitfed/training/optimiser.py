@@ -77,9 +77,7 @@ class StepOptimiser:
         if not state:
             return
         for name, parameter in self._parameters.items():
-            self._adamw.state[parameter] = {
-                moment: state[f"{name}/{moment}"].detach().clone() for moment in _MOMENTS
-            }
+            self._adamw.state[parameter] = {moment: state[f"{name}/{moment}"].detach().clone() for moment in _MOMENTS}
 
 
 def _schedule(training: TrainingSection):  # type: ignore[no-untyped-def]

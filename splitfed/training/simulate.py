@@ -106,7 +106,9 @@ def simulate(
             for segment in parts:
                 load_adapter_state(segment, adapter)
             trunk.open_round(client, round, adapter, optimisers.get(client, {}))
-            result.losses[client] += _train(trainer, trunk, examples[client], client, training, by_direction, seed, round)
+            result.losses[client] += _train(
+                trainer, trunk, examples[client], client, training, by_direction, seed, round
+            )
             trunk_adapter, optimisers[client] = trunk.result(client)
             ends = _merged(adapter_state(segment) for segment in (parts.bottom, parts.top))
             mean.add({**trunk_adapter, **ends}, len(examples[client]))

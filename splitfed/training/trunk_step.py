@@ -171,9 +171,7 @@ class TrunkTrainer:
         if pending.smashed_BTD.requires_grad:
             wanted.append(pending.smashed_BTD)  # type: ignore[arg-type]
         if wanted:
-            torch.autograd.backward(
-                [pending.output_BTD], [output_gradient_BTD.to(pending.output_BTD)], inputs=wanted
-            )
+            torch.autograd.backward([pending.output_BTD], [output_gradient_BTD.to(pending.output_BTD)], inputs=wanted)
         return pending.smashed_BTD.grad
 
     def step(self, client: str, step: int) -> int:

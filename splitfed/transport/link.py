@@ -180,7 +180,9 @@ class GrpcLink:
                 return
             _log.info("The stream broke (%s); trying again.", failure)
             if not self._backoff.pause():
-                self._fail(ServerUnreachable(f"The server did not come back after {self._backoff.tries} tries: {failure}"))
+                self._fail(
+                    ServerUnreachable(f"The server did not come back after {self._backoff.tries} tries: {failure}")
+                )
                 return
 
     def _follow_stream(self) -> None:
@@ -258,9 +260,7 @@ class GrpcLink:
             request.future.set_exception(failure)
 
 
-def _collect(
-    message: Any, expected: Expectation | None, replies: Iterator[training_pb2.TrainReply]
-) -> Tensor:
+def _collect(message: Any, expected: Expectation | None, replies: Iterator[training_pb2.TrainReply]) -> Tensor:
     assert expected is not None
     tensor = IncomingTensor(message, expected)
     while not tensor.is_complete:

@@ -32,9 +32,7 @@ def examples_in(file: Path, max_tokens: int) -> ExampleSet:
 def in_process(config: Any, files: dict[str, Path]) -> Simulation:
     base = splitfed.base_model_folder()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    parts = splitfed.partition(
-        model, bottom_blocks=config.model.bottom_blocks, top_blocks=config.model.top_blocks
-    )
+    parts = splitfed.partition(model, bottom_blocks=config.model.bottom_blocks, top_blocks=config.model.top_blocks)
     return simulate(
         parts,
         AutoTokenizer.from_pretrained(base),

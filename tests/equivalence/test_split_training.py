@@ -15,7 +15,9 @@ TOLERANCE = 1e-5
 """Largest difference of a step's mean loss, in nats."""
 
 OPEN = CodecSection(smashed="none", trunk_output="none", output_gradient="none", smashed_gradient="none")
-TEXTS = [f"The clinic saw {n} patients on day {n * n}, and {n % 3} of them came back. " * (1 + n % 4) for n in range(40)]
+TEXTS = [
+    f"The clinic saw {n} patients on day {n * n}, and {n % 3} of them came back. " * (1 + n % 4) for n in range(40)
+]
 
 
 @pytest.fixture(scope="module")

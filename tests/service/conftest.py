@@ -25,7 +25,8 @@ def write_texts(file: Path, who: str, rows: int) -> Path:
     """Write a small data file that is unlike any other's."""
     file.write_text(
         "".join(
-            json.dumps({"text": f"{who} number {n} says that {n} times {n % 7} is {n * (n % 7)}. " * (1 + n % 3)}) + "\n"
+            json.dumps({"text": f"{who} number {n} says that {n} times {n % 7} is {n * (n % 7)}. " * (1 + n % 3)})
+            + "\n"
             for n in range(rows)
         )
     )

@@ -27,9 +27,7 @@ def small_run(folder: Path, **sections: Any) -> ServerConfig:
 
 
 def agents(folder: Path, address: str, **agent: Any) -> list[Any]:
-    return [
-        start_agent(agent_config(folder, name, address, folder / f"{name}.jsonl", **agent)) for name in NAMES
-    ]
+    return [start_agent(agent_config(folder, name, address, folder / f"{name}.jsonl", **agent)) for name in NAMES]
 
 
 def adapter(config: ServerConfig) -> dict[str, torch.Tensor]:
@@ -80,9 +78,7 @@ def test_a_server_that_is_stopped_and_resumed_ends_with_the_same_adapter(
     lines = (config.run.directory / "metrics.jsonl").read_text().splitlines()
     assert len(lines) < ROUNDS["rounds"]
     port = int(proxy.address.rpartition(":")[2])
-    resumed = config.model_copy(
-        update={"server": config.server.model_copy(update={"address": f"127.0.0.1:{port}"})}
-    )
+    resumed = config.model_copy(update={"server": config.server.model_copy(update={"address": f"127.0.0.1:{port}"})})
     with serving(resumed, resume=True):
         for ended in futures:
             ended.result(120)
@@ -134,15 +130,17 @@ def test_a_resend_is_the_same_release_and_is_charged_once(tmp_path: Path) -> Non
     with serving(config) as server:
         proxy = CuttingProxy(server.address, cut_after_bytes=150_000, cuts=2)
         run_agent_here(
-            agent_config(
-                folder, "a", proxy.address, folder / "a.jsonl", privacy=PrivacySection(noise_multiplier=0.5)
-            )
+            agent_config(folder, "a", proxy.address, folder / "a.jsonl", privacy=PrivacySection(noise_multiplier=0.5))
         )
         proxy.close()
     assert proxy.cuts_left == 0
     training = config.training
     sequences = training.rounds * training.local_steps * training.batch_size
-    assert released(folder / "a" / "ledger.jsonl") == {"smashed": sequences, "output_gradient": sequences}
+    assert released(folder / "a" / "ledger.jsonl") == {
+        "smashed": sequences,
+        "output_gradient": sequences,
+        "adapter": training.rounds,
+    }
 
 
 def released(ledger: Path) -> dict[str, int]:

@@ -75,7 +75,9 @@ def test_three_agents_fine_tune_a_pretrained_model_on_e2e(daemons: Daemons, stor
         }
     )
     for index, name in enumerate(("north", "south", "west")):
-        shard = write_shard(e2e / "train.csv", daemons.folder / f"{name}.csv", start=4000 * index, rows=400 + 200 * index)
+        shard = write_shard(
+            e2e / "train.csv", daemons.folder / f"{name}.csv", start=4000 * index, rows=400 + 200 * index
+        )
         # One agent has the base model, the others fetch their segments from the server.
         base = str(stories260k) if name == "north" else None
         daemons.start_agent(
@@ -116,9 +118,7 @@ def test_one_agent_has_the_loss_curve_of_central_lora(daemons: Daemons, stories2
         }
     )
     shard = write_shard(e2e / "train.csv", daemons.folder / "one.csv", start=100, rows=150)
-    daemons.start_agent(
-        "one", address, {"data": {"path": shard.name, **E2E}, "privacy": {"noise_multiplier": 0.0}}
-    )
+    daemons.start_agent("one", address, {"data": {"path": shard.name, **E2E}, "privacy": {"noise_multiplier": 0.0}})
     daemons.wait_for_all()
     split = [loss for line in daemons.metrics("one") for loss in line["step_losses"]]
     tokenizer = AutoTokenizer.from_pretrained(stories260k)
