@@ -144,10 +144,12 @@ def run_demo(directory: Path = DEFAULT_DIRECTORY) -> int:
         directory / "report.html",
         agent_directories={name: directory / name for name in agents},
         before_after=BeforeAfter(
-            held_out_losses={0: before, **{row.round: row.held_out_loss for row in table}},
+            held_out_loss_before=before,
+            held_out_loss_after=after,
             prompt=_PROMPT,
             sample_before=samples[0],
             sample_after=samples[1],
+            held_out_loss_by_round={row.round: row.held_out_loss for row in table},
         ),
         title="splitfed demo",
     )
