@@ -1,8 +1,8 @@
 """What the split costs: a step over gRPC ÷ the same LoRA step in one process with stock transformers + PEFT.
 
-GPT-2-small shape, random weights, batch 8 × 128 tokens, LoRA rank 8 on all linear layers, float32, one agent and a server
-on loopback. The stock side is a script as a user would write it. Both sides run in turn, several times, and the ratio of
-medians is printed, with the bytes on the wire per token and direction.
+GPT-2-small shape, random weights, batch 8 × 128 tokens, LoRA rank 8 on all linear layers, float32, one agent and a
+server on loopback. The stock side is a script as a user would write it. Both sides run in turn, several times, and the
+ratio of medians is printed, with the bytes on the wire per token and direction.
 """
 
 import argparse
@@ -120,10 +120,9 @@ def main() -> None:
             split_s, lines = split_steps(folder / f"turn-{turn}", base, data, options.steps, settings)
             stock += stock_s
             split += split_s
-            ratios.append(statistics.median(split_s) / statistics.median(stock_s))
-            print(
-                f"turn {turn + 1}: stock {statistics.median(stock_s):.2f} s, split {statistics.median(split_s):.2f} s a step"
-            )
+            stock_step_s, split_step_s = statistics.median(stock_s), statistics.median(split_s)
+            ratios.append(split_step_s / stock_step_s)
+            print(f"turn {turn + 1}: stock {stock_step_s:.2f} s, split {split_step_s:.2f} s a step")
         crossed = sum(line["tokens"] for line in lines) * HIDDEN * 2  # two tensors each way
         result = {
             "machine": machine(),
