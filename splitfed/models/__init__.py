@@ -10,11 +10,12 @@ from splitfed.models.adapters import (
     load_adapter_state,
 )
 from splitfed.models.base import resolve_base
-from splitfed.models.checkpoint import Checkpoint, TensorIdentity, checkpoint_tensors
+from splitfed.models.checkpoint import Checkpoint, TensorIdentity
 from splitfed.models.export import check_adapter, export_adapter
 from splitfed.models.fingerprint import canonical_config, tensor_hashes
 from splitfed.models.partition import Bottom, Partition, Segment, Top, Trunk, partition
-from splitfed.models.weights import load_bottom_and_top, load_shell, load_trunk, segment_tensor_names
+from splitfed.models.shell import load_shell
+from splitfed.models.weights import load_bottom_and_top, load_trunk, segment_tensor_names
 
 __all__ = [
     "Bottom",
@@ -31,7 +32,6 @@ __all__ = [
     "add_adapter",
     "canonical_config",
     "check_adapter",
-    "checkpoint_tensors",
     "export_adapter",
     "initial_adapter",
     "load_adapter_state",

@@ -5,7 +5,7 @@ A tensor is read in pieces, and the file is closed after each: an open file is m
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,24 +115,6 @@ class Checkpoint:
             raise WeightsError(f"The checkpoint in {self.folder} has no tensor {name!r}; fetch it again.")
         with _opened(path) as file:
             yield file
-
-
-def checkpoint_tensors(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Read tensors of a checkpoint one after the other, as they are stored.
-
-    Args:
-        folder: The checkpoint.
-        names: Which tensors, by their names in the checkpoint.
-
-    Yields:
-        Name and tensor, in the order of the names.
-
-    Raises:
-        WeightsError: If a tensor is not there, or a file is damaged.
-    """
-    checkpoint = Checkpoint(folder)
-    for name in sorted(names):
-        yield name, checkpoint.read(name)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from splitfed.models.adapters import LoraSettings, adapter_shapes, peft_config
-from splitfed.models.weights import load_shell
+from splitfed.models.shell import load_shell
 
 _PREFIX = "base_model.model."  # peft's wrapping, as PeftModel saves it
 _FILE = "adapter_model.safetensors"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from splitfed.models.checkpoint import Checkpoint, TensorIdentity
-from splitfed.models.weights import load_config
+from splitfed.models.shell import load_config
 
 # Entries that change no logit: where a model came from, how it is held and run, and what other tasks would ask of it.
 _WITHOUT_EFFECT = frozenset(

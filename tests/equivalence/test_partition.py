@@ -138,18 +138,22 @@ def test_segments_share_the_whole_models_parameters_and_the_trunk_holds_only_its
     assert held["bottom"] | held["trunk"] | held["top"] == set(names_of.values())
 
 
-DROPOUTS = {
-    name: 0.5
-    for name in (
-        "dropout embd_pdrop embed_dropout embedding_dropout hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop"
-    ).split()
-}
+DROPOUTS = [
+    "dropout",
+    "embd_pdrop",
+    "embed_dropout",
+    "embedding_dropout",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_dropout",
+    "resid_pdrop",
+]
 
 
 @pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if family != Family()))
 @torch.no_grad()
 def test_dropout_of_the_embeddings_is_the_bottoms_alone(family: str) -> None:
-    model = tiny_model(family, **DROPOUTS).train()
+    model = tiny_model(family, **dict.fromkeys(DROPOUTS, 0.5)).train()
     hidden_BTD = torch.randn(2, T, 32)
     top = partition(model, bottom_blocks=1, top_blocks=0).top  # without blocks nothing else may drop
     torch.testing.assert_close(top(hidden_BTD).logits, top.eval()(hidden_BTD).logits, rtol=0, atol=0)
