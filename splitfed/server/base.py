@@ -63,14 +63,14 @@ class BaseFolder:
         """
         if config_sha256 != self.config_sha256:
             raise FingerprintMismatch(
-                "The agent's base model has another configuration than the server's; point [agent] base at the same model "
-                "and revision, or leave it out to fetch the segments from the server."
+                "The agent's base model has another configuration than the server's; point [agent] base at the same "
+                "model and revision, or leave it out to fetch the segments from the server."
             )
         for name in sorted(set(tensors) & self._checkpoint.names):
             if tensors[name] != self.identity(name):
                 raise FingerprintMismatch(
-                    f"The agent's base model differs from the server's in the tensor {name!r}; point [agent] base at the "
-                    "same model and revision, or leave it out to fetch the segments from the server."
+                    f"The agent's base model differs from the server's in the tensor {name!r}; point [agent] base at "
+                    "the same model and revision, or leave it out to fetch the segments from the server."
                 )
 
     def files(self) -> dict[str, tuple[int, bytes]]:

@@ -13,25 +13,26 @@ from splitfed.transport.status import status_of
 _log = logging.getLogger(__name__)
 
 
-class ErrorBoundary(aio.ServerInterceptor):  # type: ignore[misc]
+class ErrorBoundary(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs alone
     """Turns what a service raises into a status code and one sentence; an agent never sees a traceback."""
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         """Wrap the handler of a call."""
         handler: Any = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        method = handler_call_details.method
-        for shape in ("unary_unary", "stream_unary"):
-            if getattr(handler, shape) is not None:
-                return handler._replace(**{shape: _guard_unary(getattr(handler, shape), method)})
-        for shape in ("unary_stream", "stream_stream"):
-            if getattr(handler, shape) is not None:
-                return handler._replace(**{shape: _guard_stream(getattr(handler, shape), method)})
+        guards: dict[str, Any] = {
+            "unary_unary": _guard_unary,
+            "stream_unary": _guard_unary,
+            "unary_stream": _guard_stream,
+            "stream_stream": _guard_stream,
+        }
+        for shape, guard in guards.items():
+            behaviour = getattr(handler, shape, None)  # of a method that nobody serves there is no handler
+            if behaviour is not None:
+                return handler._replace(**{shape: guard(behaviour, handler_call_details.method)})
         return handler
 
 

@@ -21,6 +21,9 @@ from splitfed.training.link import link_codecs
 
 _log = logging.getLogger(__name__)
 
+_View = tuple[Phase, int, bool, bool]
+"""What a member sees: the phase, the round, whether its update is in, whether the server drains."""
+
 
 @dataclass
 class Contribution:
@@ -157,13 +160,12 @@ class Coordinator:
 
     async def watch(self, client: str) -> AsyncIterator[tuple[Phase, int, bool]]:
         """Yield the run's phase, current round, and whether this client's update is in, at every change."""
-        last: tuple[Phase, int, bool, bool] | None = None
+        view: _View | None = None
         while True:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._view(client) != last)
-                last = self._view(client)
-            yield last[0], last[1], last[2]
-            if last[0] is Phase.FINISHED:
+            view = await self._next_view(client, view)
+            phase, round, is_submitted, _ = view
+            yield phase, round, is_submitted
+            if phase is Phase.FINISHED:
                 self._told_end.add(client)
                 await self._tell()
                 return
@@ -187,7 +189,8 @@ class Coordinator:
             if session is None or session.token != token:
                 raise RoundLost("The server does not know this session; start the round again.")
             return session
-        await self._engine.open_round(client, round, self._state.trunk, self._state.optimisers.get(client, {}))
+        if session is not None:
+            await self._engine.empty(session.slot)
         session = TrainSession(
             client,
             round,
@@ -198,6 +201,8 @@ class Coordinator:
             on_progress=lambda: self.rounds.progress(client, self._clock()),
         )
         self._sessions[client] = session
+        optimiser = self._state.optimisers.get(client, {})
+        await self._engine.open_round(session.slot, client, round, self._state.trunk, optimiser)
         self.rounds.progress(client, self._clock())
         return session
 
@@ -232,12 +237,13 @@ class Coordinator:
                 raise RoundLost(f"Round {round} is not open; the run is at round {self.rounds.current}.")
             if self.rounds.has_submitted(client):
                 return False
-            steps = await self._engine.steps_done(client)
-            if client not in self._sessions or steps != self.config.training.local_steps:
+            session = self._sessions.get(client)
+            steps = 0 if session is None else await self._engine.steps_done(session.slot)
+            if session is None or steps != self.config.training.local_steps:
                 raise ProtocolError(
                     f"{client!r} sent its update after {steps} of {self.config.training.local_steps} local steps."
                 )
-            trunk, optimiser = await self._engine.snapshot(client)
+            trunk, optimiser = await self._engine.snapshot(session.slot)
             weight = self.rounds.weight(client)
             try:
                 self._mean.add({**trunk, **ends}, weight)
@@ -301,6 +307,8 @@ class Coordinator:
         await asyncio.get_running_loop().run_in_executor(self._worker, self._write, state, metrics)
         self._state = state
         self.rounds.commit()
+        for session in self._sessions.values():
+            await self._engine.empty(session.slot)
         self._begin_round()
         _log.info("round %d of %d is written (%.1f s)", state.round, self.rounds.rounds, seconds)
 
@@ -331,7 +339,12 @@ class Coordinator:
             "adapter": f"adapters/round-{state.round:04d}",
         }
 
-    def _view(self, client: str) -> tuple[Phase, int, bool, bool]:
+    async def _next_view(self, client: str, seen: _View | None) -> _View:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._view(client) != seen)
+            return self._view(client)
+
+    def _view(self, client: str) -> _View:
         return self.rounds.phase, self.rounds.current, self.rounds.has_submitted(client), self.is_draining
 
     async def _tell(self) -> None:

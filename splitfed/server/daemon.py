@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
+from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # which its stubs lack
 from torch import Tensor
 
 from splitfed.config import ServerConfig
@@ -138,8 +138,8 @@ class Daemon:
                 port = server.add_secure_port(address, server_credentials(self._config.tls))
         except RuntimeError as error:
             raise AddressInUse(
-                f"The server cannot listen on {address}: the port is in use or not this machine's; end the other process "
-                "or change [server] address."
+                f"The server cannot listen on {address}: the port is in use or not this machine's; end the other "
+                "process or change [server] address."
             ) from error
         return int(port)
 

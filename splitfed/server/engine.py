@@ -17,13 +17,13 @@ class Engine(Protocol):
     """Whatever runs the trunk: one process today, replicas or shards behind the same calls later."""
 
     async def open_round(
-        self, client: str, round: int, adapter: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
+        self, slot: str, client: str, round: int, adapter: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
     ) -> None:
-        """Put a client at the start of a round."""
+        """Fill a slot with a client at the start of a round."""
 
     async def forward(
         self,
-        client: str,
+        slot: str,
         step: int,
         micro_batch: int,
         smashed_BTD: Tensor,
@@ -35,17 +35,20 @@ class Engine(Protocol):
     ) -> Tensor:
         """Run the trunk forward, shape [B, T, D] in and out."""
 
-    async def backward(self, client: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
+    async def backward(self, slot: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
         """Run the trunk backward; returns the smashed gradient, shape [B, T, D], if the forward asked for it."""
 
-    async def apply(self, client: str, step: int) -> int:
+    async def apply(self, slot: str, step: int) -> int:
         """Apply a local step's gradients; returns the adapter's version."""
 
-    async def snapshot(self, client: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copy a client's trunk adapter and optimiser state."""
+    async def snapshot(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copy a slot's trunk adapter and optimiser state."""
 
-    async def steps_done(self, client: str) -> int:
-        """Count the local steps applied for a client in this round."""
+    async def steps_done(self, slot: str) -> int:
+        """Count the local steps applied in a slot."""
+
+    async def empty(self, slot: str) -> None:
+        """Forget what is in a slot, after the work that was asked of it before."""
 
     def close(self) -> None:
         """End the work in progress, take no more."""
@@ -63,14 +66,14 @@ class LocalEngine:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     async def open_round(
-        self, client: str, round: int, adapter: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
+        self, slot: str, client: str, round: int, adapter: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
     ) -> None:
-        """Put a client at the start of a round."""
-        await self._do(lambda: self._trainer.open_round(client, round, adapter, optimiser))
+        """Fill a slot with a client at the start of a round."""
+        await self._do(lambda: self._trainer.open_round(slot, round, adapter, optimiser, client=client))
 
     async def forward(
         self,
-        client: str,
+        slot: str,
         step: int,
         micro_batch: int,
         smashed_BTD: Tensor,
@@ -83,7 +86,7 @@ class LocalEngine:
         """Run the trunk forward."""
         return await self._do(
             lambda: self._trainer.forward(
-                client,
+                slot,
                 step,
                 micro_batch,
                 smashed_BTD,
@@ -94,21 +97,25 @@ class LocalEngine:
             )
         )
 
-    async def backward(self, client: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
+    async def backward(self, slot: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
         """Run the trunk backward."""
-        return await self._do(lambda: self._trainer.backward(client, step, micro_batch, output_gradient_BTD))
+        return await self._do(lambda: self._trainer.backward(slot, step, micro_batch, output_gradient_BTD))
 
-    async def apply(self, client: str, step: int) -> int:
+    async def apply(self, slot: str, step: int) -> int:
         """Apply a local step's gradients."""
-        return await self._do(lambda: self._trainer.step(client, step))
+        return await self._do(lambda: self._trainer.step(slot, step))
 
-    async def snapshot(self, client: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copy a client's trunk adapter and optimiser state."""
-        return await self._do(lambda: self._trainer.result(client))
+    async def snapshot(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copy a slot's trunk adapter and optimiser state."""
+        return await self._do(lambda: self._trainer.result(slot))
 
-    async def steps_done(self, client: str) -> int:
-        """Count the local steps applied for a client."""
-        return await self._do(lambda: self._trainer.steps_done(client))
+    async def steps_done(self, slot: str) -> int:
+        """Count the local steps applied in a slot."""
+        return await self._do(lambda: self._trainer.steps_done(slot))
+
+    async def empty(self, slot: str) -> None:
+        """Forget what is in a slot."""
+        await self._do(lambda: self._trainer.close(slot))
 
     def close(self) -> None:
         """End the work in progress, take no more."""

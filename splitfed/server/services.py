@@ -57,11 +57,12 @@ class Identity:
             names = [name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", [])]
             if client not in names:
                 raise JoinRefused(
-                    f"The certificate is for {names[0] if names else 'nobody'!r}, not for {client!r}; use the agent's own."
+                    f"The certificate is for {names[0] if names else 'nobody'!r}, not for {client!r}; use the agent's "
+                    "own."
                 )
 
 
-class JoiningService(joining_pb2_grpc.JoiningServicer):  # type: ignore[misc]
+class JoiningService(joining_pb2_grpc.JoiningServicer):
     """How an agent becomes part of the run."""
 
     def __init__(self, coordinator: Coordinator, base: BaseFolder, identity: Identity, worker: Executor) -> None:
@@ -142,7 +143,7 @@ class JoiningService(joining_pb2_grpc.JoiningServicer):  # type: ignore[misc]
             raise ProtocolError(f"This server serves the run {self._coordinator.config.run_id!r}, not {run_id[:64]!r}.")
 
 
-class TrainingService(training_pb2_grpc.TrainingServicer):  # type: ignore[misc]
+class TrainingService(training_pb2_grpc.TrainingServicer):
     """The split itself."""
 
     def __init__(self, coordinator: Coordinator, identity: Identity, blocks: range) -> None:
@@ -153,7 +154,7 @@ class TrainingService(training_pb2_grpc.TrainingServicer):  # type: ignore[misc]
     async def Train(
         self, request_iterator: AsyncIterator[training_pb2.TrainRequest], context: Any
     ) -> AsyncIterator[training_pb2.TrainReply]:
-        """Serve one client's stream of one round: what follows is read while what came is computed, in a bounded window."""
+        """Serve one client's stream of one round; a bounded window is read ahead of what is being computed."""
         session = await self._open(request_iterator, context)
         yield training_pb2.TrainReply(
             opened=training_pb2.Opened(session=session.token, next_number=session.next_number)
@@ -215,7 +216,7 @@ class TrainingService(training_pb2_grpc.TrainingServicer):  # type: ignore[misc]
             await window.put(None)
 
 
-class FederationService(federation_pb2_grpc.FederationServicer):  # type: ignore[misc]
+class FederationService(federation_pb2_grpc.FederationServicer):
     """Rounds, and the adapters of bottom and top."""
 
     def __init__(self, coordinator: Coordinator, identity: Identity) -> None:
@@ -290,7 +291,8 @@ class FederationService(federation_pb2_grpc.FederationServicer):  # type: ignore
 def _check_version(version: int) -> None:
     if version != PROTOCOL_VERSION:
         raise JoinRefused(
-            f"The agent speaks version {version} of the protocol, this server {PROTOCOL_VERSION}; install the same splitfed."
+            f"The agent speaks version {version} of the protocol, this server {PROTOCOL_VERSION}; install the same "
+            "splitfed."
         )
 
 

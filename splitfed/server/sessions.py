@@ -135,12 +135,17 @@ class TrainSession:
         self._answers: OrderedDict[int, list[training_pb2.TrainReply]] = OrderedDict()
         self._lock = asyncio.Lock()
 
+    @property
+    def slot(self) -> str:
+        """The engine's slot of this session alone: what an older session of the client still asks goes nowhere."""
+        return self.token.hex()
+
     async def answer(self, operation: Operation) -> list[training_pb2.TrainReply]:
         """Apply an operation once; a number that was applied before gets its answer again.
 
         Raises:
-            ProtocolError: If the number is ahead of its turn, its answer was already confirmed, or the operation does not
-                fit the round.
+            ProtocolError: If the number is ahead of its turn, its answer was already confirmed, or the operation does
+                not fit the round.
         """
         async with self._lock:
             while self._answers and next(iter(self._answers)) < operation.received_below:
@@ -166,7 +171,7 @@ class TrainSession:
             return await self._forward(operation)
         if operation.body == "backward":
             return await self._backward(operation)
-        version = await self._engine.apply(self.client, operation.request.step.step)
+        version = await self._engine.apply(self.slot, operation.request.step.step)
         return training_pb2.TrainReply(stepped=training_pb2.Stepped(adapter_version=version)), []
 
     async def _forward(self, operation: Operation) -> tuple[training_pb2.TrainReply, list[bytes]]:
@@ -174,7 +179,7 @@ class TrainSession:
         smashed_BTD = await self._off_loop(operation.tensor)
         sequences, tokens, _ = smashed_BTD.shape
         output_BTD = await self._engine.forward(
-            self.client,
+            self.slot,
             forward.step,
             forward.micro_batch,
             smashed_BTD,
@@ -189,7 +194,7 @@ class TrainSession:
     async def _backward(self, operation: Operation) -> tuple[training_pb2.TrainReply, list[bytes]]:
         backward = operation.request.backward
         gradient_BTD = await self._engine.backward(
-            self.client, backward.step, backward.micro_batch, await self._off_loop(operation.tensor)
+            self.slot, backward.step, backward.micro_batch, await self._off_loop(operation.tensor)
         )
         if gradient_BTD is None:
             return training_pb2.TrainReply(smashed_gradient=training_pb2.SmashedGradient()), []

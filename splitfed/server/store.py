@@ -53,7 +53,7 @@ class RunStore:
         overwrite: Remove the run that is there.
 
     Raises:
-        RunDirectoryError: If the directory holds a run and neither was asked for, or another run than the one to resume.
+        RunDirectoryError: If the directory holds a run and neither was asked for, or another run than that to resume.
     """
 
     def __init__(
@@ -177,8 +177,8 @@ class RunStore:
             raise RunDirectoryError(f"{file} is damaged; use --overwrite or another directory.") from error
         if not resume:
             raise RunDirectoryError(
-                f"{self.directory} already holds the run {there.get('name')!r}; use --resume to go on with it, --overwrite "
-                "to remove it, or another directory."
+                f"{self.directory} already holds the run {there.get('name')!r}; use --resume to go on with it, "
+                "--overwrite to remove it, or another directory."
             )
         differing = [key for key in sorted({*there, *identity}) if there.get(key) != identity.get(key)]
         if differing:

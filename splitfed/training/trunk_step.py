@@ -27,9 +27,10 @@ class _Pending:
 class _Slot:
     """One client's copy of the trunk adapter, with its optimiser."""
 
+    client: str
+    round: int
     parameters: dict[str, nn.Parameter]
     optimiser: StepOptimiser
-    round: int = 0
     version: int = 0
     steps: int = 0
     pending: dict[tuple[int, int], _Pending] = field(default_factory=dict)
@@ -67,30 +68,37 @@ class TrunkTrainer:
         return self._trunk.blocks
 
     def open_round(
-        self, client: str, round: int, adapter: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
+        self,
+        slot: str,
+        round: int,
+        adapter: Mapping[str, Tensor],
+        optimiser: Mapping[str, Tensor],
+        *,
+        client: str | None = None,
     ) -> None:
-        """Put a client at the start of a round, whatever it did before.
+        """Fill a slot with a client at the start of a round, whatever was in it before.
 
         Args:
-            client: Name of the client.
+            slot: Name of the slot; what is asked of another slot never touches this one.
             round: The round, from 1.
             adapter: Trunk adapter that the round starts from, by whole-model name.
-            optimiser: This client's optimiser state after its last round; empty for none.
+            optimiser: The client's optimiser state after its last round; empty for none.
+            client: Name of the client, for its random streams; none: the slot's.
         """
         parameters = {
             name: nn.Parameter(adapter[name].detach().clone().to(self._parameter.device)) for name in self._local_names
         }
-        slot = _Slot(parameters, StepOptimiser(parameters, self._training), round=round)
-        slot.optimiser.load(optimiser)
-        self._slots[client] = slot
+        filled = _Slot(client or slot, round, parameters, StepOptimiser(parameters, self._training))
+        filled.optimiser.load(optimiser)
+        self._slots[slot] = filled
 
-    def close(self, client: str) -> None:
-        """Forget a client's slot, if it has one."""
-        self._slots.pop(client, None)
+    def close(self, slot: str) -> None:
+        """Empty a slot, if there is something in it."""
+        self._slots.pop(slot, None)
 
     def forward(
         self,
-        client: str,
+        slot: str,
         step: int,
         micro_batch: int,
         smashed_BTD: Tensor,
@@ -103,7 +111,7 @@ class TrunkTrainer:
         """Run the trunk on smashed data.
 
         Args:
-            client: Name of the client.
+            slot: Name of the slot.
             step: Local step, from 0.
             micro_batch: Index in the step, from 0.
             smashed_BTD: Smashed data, shape [B, T, D].
@@ -116,31 +124,32 @@ class TrunkTrainer:
             The trunk output, shape [B, T, D].
 
         Raises:
-            ProtocolError: If the step is not the slot's next one, the micro-batch is already in flight, or too many are.
+            ProtocolError: If the step is not the slot's next one, the micro-batch is already in flight, or too many
+                are.
         """
-        slot = self._slot(client)
+        state = self._slot(slot)
         smashed_BTD = smashed_BTD.to(self._parameter.device, self._parameter.dtype)
         if trains:
-            self._check_next(slot, client, step, micro_batch)
+            self._check_next(state, step, micro_batch)
         smashed_BTD.requires_grad_(trains and wants_smashed_gradient)
         self._trunk.train(trains)
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(trains):
-            torch.manual_seed(derive_seed(self._seed, "trunk", slot.round, client, step, micro_batch))
+            torch.manual_seed(derive_seed(self._seed, "trunk", state.round, state.client, step, micro_batch))
             output_BTD: Tensor = functional_call(
                 self._trunk,
-                {self._local_names[name]: parameter for name, parameter in slot.parameters.items()},
+                {self._local_names[name]: parameter for name, parameter in state.parameters.items()},
                 (smashed_BTD,),
                 {"attention_mask": attention_mask_BT, "position_ids": position_ids_BT},
             )
         if trains:
-            slot.pending[step, micro_batch] = _Pending(slot.version, smashed_BTD, output_BTD)
+            state.pending[step, micro_batch] = _Pending(state.version, smashed_BTD, output_BTD)
         return output_BTD.detach()
 
-    def backward(self, client: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
+    def backward(self, slot: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
         """Run the trunk's backward and gather the adapter's gradients.
 
         Args:
-            client: Name of the client.
+            slot: Name of the slot.
             step: Local step of the forward.
             micro_batch: Micro-batch of the forward.
             output_gradient_BTD: Gradient of the step's loss at the trunk output, shape [B, T, D].
@@ -151,15 +160,15 @@ class TrunkTrainer:
         Raises:
             ProtocolError: If there is no such forward, its shape differs, or the adapter has changed since.
         """
-        slot = self._slot(client)
-        pending = slot.pending.pop((step, micro_batch), None)
+        state = self._slot(slot)
+        pending = state.pending.pop((step, micro_batch), None)
         if pending is None:
             raise ProtocolError(
-                f"Client {client!r} sent a backward of step {step}, micro-batch {micro_batch}, without its forward."
+                f"A backward of step {step}, micro-batch {micro_batch}, came from {state.client!r} without its forward."
             )
-        if pending.version != slot.version:
+        if pending.version != state.version:
             raise ProtocolError(
-                f"The trunk adapter of client {client!r} went from version {pending.version} to {slot.version} between "
+                f"The trunk adapter of {state.client!r} went from version {pending.version} to {state.version} between "
                 f"the forward and the backward of step {step}; start the round again."
             )
         if output_gradient_BTD.shape != pending.output_BTD.shape:
@@ -167,14 +176,14 @@ class TrunkTrainer:
                 f"The output gradient has shape {list(output_gradient_BTD.shape)}, the trunk output "
                 f"{list(pending.output_BTD.shape)}."
             )
-        wanted = list(slot.parameters.values())
+        wanted = list(state.parameters.values())
         if pending.smashed_BTD.requires_grad:
             wanted.append(pending.smashed_BTD)  # type: ignore[arg-type]
         if wanted:
             torch.autograd.backward([pending.output_BTD], [output_gradient_BTD.to(pending.output_BTD)], inputs=wanted)
         return pending.smashed_BTD.grad
 
-    def step(self, client: str, step: int) -> int:
+    def step(self, slot: str, step: int) -> int:
         """Apply the gradients of a local step.
 
         Returns:
@@ -183,46 +192,48 @@ class TrunkTrainer:
         Raises:
             ProtocolError: If it is not the next step, or forwards wait for their backwards.
         """
-        slot = self._slot(client)
-        if step != slot.steps or slot.pending:
+        state = self._slot(slot)
+        if step != state.steps or state.pending:
             raise ProtocolError(
-                f"Client {client!r} asked to apply step {step}; the next is {slot.steps}, with {len(slot.pending)} "
+                f"{state.client!r} asked to apply step {step}; the next is {state.steps}, with {len(state.pending)} "
                 "micro-batches still waiting for their backward."
             )
-        slot.optimiser.step((slot.round - 1) * self._training.local_steps + step)
-        slot.steps += 1
-        slot.version += 1
-        return slot.version
+        state.optimiser.step((state.round - 1) * self._training.local_steps + step)
+        state.steps += 1
+        state.version += 1
+        return state.version
 
-    def steps_done(self, client: str) -> int:
+    def steps_done(self, slot: str) -> int:
         """Count the local steps that were applied for a client in this round; 0 if it has no slot."""
-        slot = self._slots.get(client)
-        return slot.steps if slot else 0
+        state = self._slots.get(slot)
+        return state.steps if state else 0
 
-    def result(self, client: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def result(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copy a client's trunk adapter and its optimiser state.
 
         Returns:
             ``(adapter, optimiser)``, both on the CPU.
         """
-        slot = self._slot(client)
-        adapter = {name: parameter.detach().cpu().clone() for name, parameter in slot.parameters.items()}
-        return adapter, {name: tensor.cpu() for name, tensor in slot.optimiser.state().items()}
+        state = self._slot(slot)
+        adapter = {name: parameter.detach().cpu().clone() for name, parameter in state.parameters.items()}
+        return adapter, {name: tensor.cpu() for name, tensor in state.optimiser.state().items()}
 
-    def _slot(self, client: str) -> _Slot:
-        if client not in self._slots:
-            raise ProtocolError(f"Client {client!r} has not opened this round.")
-        return self._slots[client]
+    def _slot(self, slot: str) -> _Slot:
+        if slot not in self._slots:
+            raise ProtocolError("This round has not been opened, or was opened again elsewhere.")
+        return self._slots[slot]
 
-    def _check_next(self, slot: _Slot, client: str, step: int, micro_batch: int) -> None:
-        if step != slot.steps:
-            raise ProtocolError(f"Client {client!r} sent step {step}; the next one is {slot.steps}.")
+    def _check_next(self, state: _Slot, step: int, micro_batch: int) -> None:
+        if step != state.steps:
+            raise ProtocolError(f"Client {state.client!r} sent step {step}; the next one is {state.steps}.")
         if step >= self._training.local_steps:
-            raise ProtocolError(f"Client {client!r} sent step {step} of a round of {self._training.local_steps} steps.")
-        if (step, micro_batch) in slot.pending:
-            raise ProtocolError(f"Client {client!r} sent micro-batch {micro_batch} of step {step} twice.")
-        if len(slot.pending) >= self._training.max_in_flight:
             raise ProtocolError(
-                f"Client {client!r} has {len(slot.pending)} micro-batches in flight; the run allows "
+                f"Client {state.client!r} sent step {step} of a round of {self._training.local_steps} steps."
+            )
+        if (step, micro_batch) in state.pending:
+            raise ProtocolError(f"Client {state.client!r} sent micro-batch {micro_batch} of step {step} twice.")
+        if len(state.pending) >= self._training.max_in_flight:
+            raise ProtocolError(
+                f"Client {state.client!r} has {len(state.pending)} micro-batches in flight; the run allows "
                 f"{self._training.max_in_flight}."
             )
