@@ -67,10 +67,18 @@ class StepOptimiser:
         Raises:
             ValueError: If the state belongs to other parameters.
         """
-        expected = {f"{name}/{moment}" for name in self._parameters for moment in _MOMENTS}
-        if state and set(state) != expected:
-            name = min(set(state) ^ expected)
-            raise ValueError(f"The optimiser state belongs to another adapter: {name!r} is on one side only.")
+        expected = {
+            f"{name}/{moment}": torch.Size() if moment == "step" else parameter.shape
+            for name, parameter in self._parameters.items()
+            for moment in _MOMENTS
+        }
+        found = {key: tensor.shape for key, tensor in state.items()}
+        foreign = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
+        if state and foreign:
+            raise ValueError(
+                f"The optimiser state belongs to another adapter: {min(foreign)!r} is on one side only or differs in "
+                "shape; start the run afresh."
+            )
         if self._adamw is None:
             return
         self._adamw.state.clear()
