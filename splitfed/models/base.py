@@ -23,7 +23,7 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
     """
     if base == "demo":
         return base_model_folder()
-    if Path(base).is_dir():
+    if base and Path(base).is_dir():
         return Path(base)
     try:
         return Path(snapshot_download(base, revision=revision, allow_patterns=_FILES))

@@ -34,6 +34,7 @@ class Segment(nn.Module):
         self.model = model
         self.adaptable_names = adaptable_names
         self._block_list_name = block_list_name(model)
+        self.train(model.training)
 
     @property
     def config(self) -> PreTrainedConfig:
