@@ -84,20 +84,22 @@ class Daemon:
         )
         federation_pb2_grpc.add_FederationServicer_to_server(FederationService(self.coordinator, identity), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        addresses = {address: self._listen(server, address) for address in self._addresses()}
-        await server.start()
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        bound = [f"{address.rpartition(':')[0]}:{port}" for address, port in addresses.items()]
-        self._store.write_address(bound[0])
-        _log.info("serving the run %s on %s", self._config.run_id, " and ".join(bound))
-        _log.info("waiting for %d agents", self._config.federation.agents)
-        with exposed(self.coordinator, self._config.server.metrics_port):
-            await self._until_over(stop)
-        await self._health.enter_graceful_shutdown()
-        await self.coordinator.drain()
-        await server.stop(_GRACE_S)
-        self._engine.close()
-        self._worker.shutdown()
+        try:
+            bound = [self._listen(server, address) for address in self._addresses()]
+            await server.start()
+            with exposed(self.coordinator, self._config.server.metrics_port):
+                await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+                self._store.write_address(bound[0])
+                _log.info("serving the run %s on %s", self._config.run_id, " and ".join(bound))
+                _log.info("waiting for %d agents", self._config.federation.agents)
+                await self._until_over(stop)
+                await self._health.enter_graceful_shutdown()
+                await self.coordinator.drain()
+        finally:
+            await server.stop(_GRACE_S)
+            self._engine.close()
+            self._worker.shutdown()
+            self._store.close()
         if stop.is_set() and self.coordinator.rounds.phase is not Phase.FINISHED:
             _log.info(
                 "stopped after round %d of %d; --resume goes on from there",
@@ -130,7 +132,8 @@ class Daemon:
         wanted = [self._config.server.address, self._config.server.fed_address]
         return list(dict.fromkeys(address for address in wanted if address is not None))
 
-    def _listen(self, server: aio.Server, address: str) -> int:
+    def _listen(self, server: aio.Server, address: str) -> str:
+        """Listen on an address; gives it with the port that it got."""
         try:
             if self._config.tls is None:
                 port = server.add_insecure_port(address)
@@ -138,10 +141,10 @@ class Daemon:
                 port = server.add_secure_port(address, server_credentials(self._config.tls))
         except RuntimeError as error:
             raise AddressInUse(
-                f"The server cannot listen on {address}: the port is in use or not this machine's; end the other "
-                "process or change [server] address."
+                f"The server cannot listen on {address}: the port is in use or not this machine's; end the other process, "
+                "or change [server] address."
             ) from error
-        return int(port)
+        return f"{address.rpartition(':')[0]}:{port}"
 
     def _export(self, round: int, state: Mapping[str, Tensor]) -> None:
         folder = self._store.adapter_folder(round)
