@@ -101,8 +101,8 @@ class Agent:
         """Take part in the run until it is over.
 
         Raises:
-            SplitFedError: What ends the agent before: a refusal, an exhausted budget, a loss that is not finite, a server
-                that stays away.
+            SplitFedError: What ends the agent before: a refusal, an exhausted budget, a loss that is not finite, a
+                server that stays away.
         """
         while True:
             try:
@@ -275,7 +275,8 @@ class Agent:
         if self._prepared is not None:
             if self._prepared.run != run:
                 raise JoinRefused(
-                    f"The server at {self._config.agent.server} now serves another configuration; start the agent again."
+                    f"The server at {self._config.agent.server} now serves another configuration; start this agent "
+                    "again."
                 )
             return self._prepared
         folder = self._base_folder(run, calls)

@@ -40,7 +40,7 @@ class AgentState:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(
-                f"Another agent uses [agent] state_directory {directory}; end it, or give this agent a directory of its own."
+                f"Another agent uses [agent] state_directory {directory}; end it, or give this one another directory."
             ) from error
         self.agent_id = self._own_id()
 

@@ -113,7 +113,7 @@ def run_demo(directory: Path = DEFAULT_DIRECTORY) -> int:
         _SERVER.format(seed=_SEED, rounds=_ROUNDS, max_tokens=_MAX_TOKENS, agents=len(agents))
     )
     console.print(
-        "One server and three agents on this machine, over gRPC, with noise and int8 on. The text stays with its agent: "
+        "One server and three agents on this machine, over gRPC, with noise and int8 on. Text stays with its agent: "
         + ", ".join(f"{name} {count} passages" for name, count in rows.items())
         + f"; {len(held_out)} are held out."
     )

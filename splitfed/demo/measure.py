@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,7 +25,7 @@ class StockModel:
         self._base = base
         self._tokenizer = AutoTokenizer.from_pretrained(base)
 
-    def load(self, adapter: Path | None) -> torch.nn.Module:
+    def load(self, adapter: Path | None) -> Any:
         """Load the model as a user would."""
         model = AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.float32)
         with warnings.catch_warnings():
@@ -59,5 +60,4 @@ class StockModel:
         output = model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=self._tokenizer.pad_token_id
         )
-        text: str = self._tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -23,9 +23,9 @@ class _Member:
 class Rounds:
     """The rounds of one run.
 
-    A round opens when the configured number of agents has joined. It is over when every member that still makes progress
-    has submitted, at least one; a member that is silent for `timeout_s` is left out of the round and may come back in the
-    next one.
+    A round opens when the configured number of agents has joined. It is over when every member that still makes
+    progress has submitted, at least one; a member that is silent for `timeout_s` is left out of the round and may come
+    back in the next one.
 
     Attributes:
         agents: Agents to wait for.

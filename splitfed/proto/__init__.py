@@ -1,0 +1,1 @@
+"""Messages and services of the wire, generated from proto/."""

@@ -1,5 +1,6 @@
 """What survives a restart: a run directory, written so that a crash at any instant leaves a whole round."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ _IDENTITY = "run.json"
 _METRICS = "metrics.jsonl"
 _ADDRESS = "address"
 _CONFIG = "run.toml"
+_LOCK = "lock"
 _OURS = (_IDENTITY, _METRICS, _ADDRESS, _CONFIG, "checkpoints", "adapters", "adapter", "report.html")
 _KEPT_CHECKPOINTS = 2
 
@@ -53,7 +55,8 @@ class RunStore:
         overwrite: Remove the run that is there.
 
     Raises:
-        RunDirectoryError: If the directory holds a run and neither was asked for, or another run than that to resume.
+        RunDirectoryError: If another server uses the directory, or it holds finished rounds and neither was asked for, or
+            it holds another run than the one to resume.
     """
 
     def __init__(
@@ -63,15 +66,19 @@ class RunStore:
         file = directory / _IDENTITY
         if directory.exists() and not directory.is_dir():
             raise RunDirectoryError(f"{directory} is a file; give a directory for the run.")
-        if file.exists() and overwrite:
-            self._remove_ours()
-        if file.exists():
-            self._check(file, identity, resume)
-        elif directory.exists() and any(directory.iterdir()) and not overwrite:
+        if not file.exists() and not overwrite and _holds_something(directory):
             raise RunDirectoryError(f"{directory} is not empty and holds no run; give an empty or a new directory.")
         directory.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            _write_durably(file, json.dumps(identity, indent=1, sort_keys=True))
+        self._lock = (directory / _LOCK).open("w")
+        try:
+            self._take_over(file, identity, resume, overwrite)
+        except RunDirectoryError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        self._lock.close()
 
     def load(self) -> RunState | None:
         """Load the last whole round; None before the first.
@@ -170,17 +177,33 @@ class RunStore:
     def _checkpoints(self) -> list[Path]:
         return sorted((self.directory / "checkpoints").glob("round-*"))
 
+    def _take_over(self, file: Path, identity: Mapping[str, object], resume: bool, overwrite: bool) -> None:
+        """Make sure that this process alone uses the directory, and that what is in it is meant to be used."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"Another server is at work in {self.directory}; end it, or give this one another directory."
+            ) from error
+        if overwrite:
+            self._remove_ours()
+        if file.exists():
+            self._check(file, identity, resume)
+        else:
+            _write_durably(file, json.dumps(identity, indent=1, sort_keys=True))
+
     def _check(self, file: Path, identity: Mapping[str, object], resume: bool) -> None:
+        """Refuse another run, and without `resume` this one too, unless none of its rounds is over."""
         try:
             there = json.loads(file.read_text())
         except ValueError as error:
             raise RunDirectoryError(f"{file} is damaged; use --overwrite or another directory.") from error
-        if not resume:
+        differing = [key for key in sorted({*there, *identity}) if there.get(key) != identity.get(key)]
+        if not resume and (differing or self._checkpoints()):
             raise RunDirectoryError(
                 f"{self.directory} already holds the run {there.get('name')!r}; use --resume to go on with it, "
                 "--overwrite to remove it, or another directory."
             )
-        differing = [key for key in sorted({*there, *identity}) if there.get(key) != identity.get(key)]
         if differing:
             key = differing[0]
             raise RunDirectoryError(
@@ -195,6 +218,10 @@ class RunStore:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _holds_something(directory: Path) -> bool:
+    return directory.exists() and any(entry.name != _LOCK for entry in directory.iterdir())
 
 
 def _write_durably(file: Path, text: str) -> None:

@@ -122,8 +122,8 @@ class ClientTrainer:
     def step(self, link: Link, examples: Sequence[Example], *, round: int, step: int) -> StepResult:
         """Run one local step over a link.
 
-        Micro-batches go out in their order, at most ``max_in_flight`` between forward and backward; gradients are gathered
-        in the same order, so the result does not depend on timing.
+        Micro-batches go out in their order, at most ``max_in_flight`` between forward and backward; gradients are
+        gathered in the same order, so the result does not depend on timing.
 
         Args:
             link: The client's link in this round.
@@ -171,7 +171,7 @@ class ClientTrainer:
     def _divisor(self, label_tokens: int) -> float:
         """Give the divisor of the step's loss: its label tokens, or with noise on a constant of the run.
 
-        A count of the step's own tokens would couple its records: one record's length would scale the others' gradients.
+        A count of the step's own tokens would couple its records: one's length would scale the others' gradients.
         """
         if self.releases.is_noisy:
             return float(self._training.batch_size * self._training.max_tokens)
@@ -230,7 +230,7 @@ class ClientTrainer:
         """Take a smashed gradient through the bottom."""
         gradient_BTD = smashed_gradient.result()
         if gradient_BTD is not None and bottom_BTD.requires_grad:
-            bottom_BTD.backward(gradient_BTD)  # type: ignore[no-untyped-call]
+            bottom_BTD.backward(gradient_BTD)
 
     def _stream(self, segment: str, round: int, place: Place) -> int:
         return derive_seed(self._seed, segment, round, self._client, place.step, place.micro_batch)

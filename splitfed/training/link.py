@@ -14,7 +14,6 @@ from torch import Tensor
 from splitfed.compress import Codec
 from splitfed.training.trunk_step import TrunkTrainer
 
-
 T = TypeVar("T")
 
 

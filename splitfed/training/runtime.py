@@ -14,8 +14,8 @@ _MMAP_ABOVE_BYTES = 1 << 30
 def prepare_process(threads: int | None) -> None:
     """Set a daemon's threads and allocator, before its first tensor.
 
-    glibc returns every block above 128 KiB to the kernel when it is freed, and activations are such blocks: each step would
-    pay for the same pages again. Here they stay with the process, up to 1 GiB.
+    glibc returns every block above 128 KiB to the kernel when it is freed, and activations are such blocks: each step
+    would pay for the same pages again. Here they stay with the process, up to 1 GiB.
 
     Args:
         threads: CPU threads for arithmetic; none: torch's choice.

@@ -174,7 +174,8 @@ def unpack_positions(positions: Sequence[int], sequences: int, tokens: int, limi
         return None
     if len(positions) != sequences * tokens or max(positions) >= limit:
         raise ProtocolError(
-            f"{len(positions)} position ids up to {max(positions)} came for {sequences} × {tokens} positions below {limit}."
+            f"{len(positions)} position ids up to {max(positions)} came for {sequences} × {tokens} positions below "
+            f"{limit}."
         )
     return torch.tensor(list(positions), dtype=torch.int64).view(sequences, tokens)
 
@@ -198,8 +199,8 @@ def _check_header(message: tensor_pb2.Tensor, expected: Expectation) -> tuple[tu
     payload_bytes = expected.codec.encoded_bytes(shape, dtype) if math.prod(shape) else 0
     if message.payload_bytes != payload_bytes or len(message.data) > payload_bytes or len(message.data) > CHUNK_BYTES:
         raise ProtocolError(
-            f"A tensor of shape {list(shape)} came with {message.payload_bytes} bytes, {len(message.data)} of them in its "
-            f"first message; {payload_bytes} were expected, at most {CHUNK_BYTES} in a message."
+            f"A tensor of shape {list(shape)} came with {message.payload_bytes} bytes, {len(message.data)} of them in "
+            f"its first message; {payload_bytes} were expected, at most {CHUNK_BYTES} in a message."
         )
     return shape, dtype
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.equivalence.central import central_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +13,7 @@ import splitfed
 from splitfed.config import CodecSection, DataSection
 from splitfed.training.data import ExampleSet, load_examples
 from splitfed.training.simulate import Simulation, simulate
+from tests.equivalence.central import central_run
 from tests.service.conftest import OPEN, server_config, write_texts
 from tests.service.local import agent_config, run_agent_here, serving, start_agent
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.equivalence.central import central_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitfed
 from splitfed.config import CodecSection, LoraSection, TrainingSection
 from splitfed.training.simulate import examples_of, simulate
+from tests.equivalence.central import central_run
 
 TOLERANCE = 1e-5
 """Largest difference of a step's mean loss, in nats."""

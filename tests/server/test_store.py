@@ -1,7 +1,9 @@
 """The run directory: whole rounds only, one run only."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,15 +33,34 @@ def state(round: int) -> RunState:
     )
 
 
-def test_a_new_directory_has_no_round(tmp_path: Path) -> None:
-    assert RunStore(tmp_path / "run", IDENTITY).load() is None
+OpenStore = Callable[..., RunStore]
 
 
-def test_the_last_round_comes_back_as_it_was(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "run", IDENTITY)
+@pytest.fixture
+def open_store() -> Iterator[OpenStore]:
+    """Open stores one after the other, as servers that come and go."""
+    stores: list[RunStore] = []
+
+    def open_next(*arguments: Any, **options: Any) -> RunStore:
+        for store in stores:
+            store.close()
+        stores.append(RunStore(*arguments, **options))
+        return stores[-1]
+
+    yield open_next
+    for store in stores:
+        store.close()
+
+
+def test_a_new_directory_has_no_round(tmp_path: Path, open_store: OpenStore) -> None:
+    assert open_store(tmp_path / "run", IDENTITY).load() is None
+
+
+def test_the_last_round_comes_back_as_it_was(tmp_path: Path, open_store: OpenStore) -> None:
+    store = open_store(tmp_path / "run", IDENTITY)
     for round in (1, 2, 3):
         store.save(state(round))
-    loaded = RunStore(tmp_path / "run", IDENTITY, resume=True).load()
+    loaded = open_store(tmp_path / "run", IDENTITY, resume=True).load()
     assert loaded is not None
     wanted = state(3)
     assert (loaded.round, loaded.weights, loaded.agent_ids) == (3, wanted.weights, wanted.agent_ids)
@@ -49,85 +70,108 @@ def test_the_last_round_comes_back_as_it_was(tmp_path: Path) -> None:
     assert loaded.optimisers["b"] == {}
 
 
-def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "run", IDENTITY)
+def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path, open_store: OpenStore) -> None:
+    store = open_store(tmp_path / "run", IDENTITY)
     for round in range(1, 6):
         store.save(state(round))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["round-0004", "round-0005"]
 
 
-def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "run", IDENTITY)
+def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path, open_store: OpenStore) -> None:
+    store = open_store(tmp_path / "run", IDENTITY)
     store.save(state(1))
     draft = tmp_path / "run" / "checkpoints" / ".round-0002"
     draft.mkdir()
     (draft / "trunk.safetensors").write_bytes(b"half")
     loaded = store.load()
-    assert loaded is not None and loaded.round == 1
+    assert loaded is not None
+    assert loaded.round == 1
     store.save(state(2))
     loaded = store.load()
-    assert loaded is not None and loaded.round == 2
+    assert loaded is not None
+    assert loaded.round == 2
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "run", IDENTITY)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, open_store: OpenStore) -> None:
+    store = open_store(tmp_path / "run", IDENTITY)
     store.save(state(1))
     (tmp_path / "run" / "checkpoints" / "round-0001" / "ends.safetensors").write_bytes(b"damaged")
     with pytest.raises(RunDirectoryError, match="round-0001 is damaged"):
         store.load()
 
 
-def test_a_directory_with_a_run_is_refused(tmp_path: Path) -> None:
-    RunStore(tmp_path / "run", IDENTITY)
+def test_a_directory_with_a_run_is_refused(tmp_path: Path, open_store: OpenStore) -> None:
+    open_store(tmp_path / "run", IDENTITY).save(state(1))
     with pytest.raises(RunDirectoryError, match="already holds the run 'r'; use --resume"):
-        RunStore(tmp_path / "run", IDENTITY)
+        open_store(tmp_path / "run", IDENTITY)
 
 
-def test_another_run_is_not_resumed(tmp_path: Path) -> None:
-    RunStore(tmp_path / "run", IDENTITY)
+def test_another_run_is_not_resumed(tmp_path: Path, open_store: OpenStore) -> None:
+    open_store(tmp_path / "run", IDENTITY)
     with pytest.raises(RunDirectoryError, match=r"its training is .*'rounds': 3"):
-        RunStore(tmp_path / "run", {**IDENTITY, "training": {"rounds": 4}}, resume=True)
+        open_store(tmp_path / "run", {**IDENTITY, "training": {"rounds": 4}}, resume=True)
 
 
-def test_overwriting_removes_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "run", IDENTITY)
+def test_overwriting_removes_what_is_ours_and_nothing_else(tmp_path: Path, open_store: OpenStore) -> None:
+    store = open_store(tmp_path / "run", IDENTITY)
     store.save(state(1))
     store.write_metrics({"round": 1})
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    store = RunStore(tmp_path / "run", {"name": "other"}, overwrite=True)
+    store = open_store(tmp_path / "run", {"name": "other"}, overwrite=True)
     assert store.load() is None
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}])
-def test_a_directory_with_other_things_is_refused(tmp_path: Path, options: dict[str, bool]) -> None:
+def test_a_directory_with_other_things_is_refused(
+    tmp_path: Path, open_store: OpenStore, options: dict[str, bool]
+) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunDirectoryError, match="not empty"):
-        RunStore(tmp_path, IDENTITY, **options)
+        open_store(tmp_path, IDENTITY, **options)
 
 
-def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path, open_store: OpenStore) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(RunDirectoryError, match="is a file"):
-        RunStore(tmp_path / "run", IDENTITY)
+        open_store(tmp_path / "run", IDENTITY)
 
 
-def test_the_configuration_is_kept_in_a_form_that_loads(tmp_path: Path) -> None:
+def test_the_configuration_is_kept_in_a_form_that_loads(tmp_path: Path, open_store: OpenStore) -> None:
     config = ServerConfig(
         run=RunSection(name="r", directory=tmp_path / "run"),
         model=ModelSection(base="demo"),
         lora=LoraSection(targets=["q_proj"], alpha=16.0),
         training=TrainingSection(learning_rate=1e-3),
     )
-    RunStore(tmp_path / "run", IDENTITY).write_config(config)
+    open_store(tmp_path / "run", IDENTITY).write_config(config)
     assert load_server_config(tmp_path / "run" / "run.toml") == config
 
 
-def test_metrics_of_a_round_that_is_run_again_are_replaced(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "run", IDENTITY)
+def test_metrics_of_a_round_that_is_run_again_are_replaced(tmp_path: Path, open_store: OpenStore) -> None:
+    store = open_store(tmp_path / "run", IDENTITY)
     for round in (1, 2, 3):
         store.write_metrics({"round": round, "try": 1})
     store.write_metrics({"round": 2, "try": 2})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"round": 1, "try": 1}, {"round": 2, "try": 2}]
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
+    first = RunStore(tmp_path / "run", IDENTITY)
+    with pytest.raises(RunDirectoryError, match="Another server is at work"):
+        RunStore(tmp_path / "run", IDENTITY, overwrite=True)
+    first.close()
+    RunStore(tmp_path / "run", IDENTITY).close()
+
+
+def test_a_run_without_a_finished_round_is_simply_started_again(tmp_path: Path, open_store: OpenStore) -> None:
+    open_store(tmp_path / "run", IDENTITY)
+    assert open_store(tmp_path / "run", IDENTITY).load() is None
+
+
+def test_an_unfinished_run_of_another_configuration_is_kept(tmp_path: Path, open_store: OpenStore) -> None:
+    open_store(tmp_path / "run", IDENTITY)
+    with pytest.raises(RunDirectoryError, match="already holds the run 'r'"):
+        open_store(tmp_path / "run", {**IDENTITY, "seed": 1})

@@ -1,11 +1,11 @@
 """A server and agents in this process, each in a thread: real gRPC on loopback, without the cost of new processes."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,11 @@ class LocalServer:
         daemon = open_daemon(config, resume=resume)
         assert daemon is not None
         self.daemon: Daemon = daemon
-        self.ended: Future[None] = Future()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         file = config.run.directory / "address"
         file.unlink(missing_ok=True)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
+        self.ended: Future[None] = in_thread("server", self._serve)
         waited = threading.Event()
         for _ in range(int(START_S / 0.01)):
             if file.exists() or self.ended.done():
@@ -53,22 +51,18 @@ class LocalServer:
 
     def stop(self) -> None:
         """Ask it to stop, and wait until it has."""
-        if not self.ended.done():
+        with contextlib.suppress(RuntimeError):  # of a loop that has ended by itself
             self._loop.call_soon_threadsafe(self._stop.set)
         self.ended.result(END_S)
-        self._thread.join(END_S)
 
     def _serve(self) -> None:
         try:
             self._loop.run_until_complete(self.daemon.serve(self._stop))
-            self.ended.set_result(None)
-        except Exception as error:
-            self.ended.set_exception(error)
         finally:
             self._loop.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(config: ServerConfig, *, resume: bool = False) -> Iterator[LocalServer]:
     """Serve a run for as long as the block lasts."""
     server = LocalServer(config, resume=resume)
@@ -111,16 +105,22 @@ def run_agent_here(config: AgentConfig) -> None:
 
 def start_agent(config: AgentConfig) -> Future[None]:
     """Run an agent in a thread; the future is done when it has ended."""
+    return in_thread(config.agent.name, lambda: run_agent_here(config))
+
+
+def in_thread(name: str, work: Callable[[], None]) -> Future[None]:
+    """Work in a thread that keeps no process alive; the future is done when the work is."""
     ended: Future[None] = Future()
 
     def live() -> None:
         try:
-            run_agent_here(config)
-            ended.set_result(None)
-        except Exception as error:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the future
             ended.set_exception(error)
+        else:
+            ended.set_result(None)
 
-    threading.Thread(target=live, name=config.agent.name, daemon=True).start()
+    threading.Thread(target=live, name=name, daemon=True).start()
     return ended
 
 

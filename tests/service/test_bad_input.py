@@ -87,7 +87,8 @@ def test_a_port_in_use_is_named_and_the_directory_stays_usable(
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, line = sentence(capsys, tmp_path, "server", changed(SERVER, "server", address=address))
         assert code == 1
-        assert address in line and "in use" in line
+        assert address in line
+        assert "in use" in line
     with serving(server_config(tmp_path / "other")):
         pass
 
@@ -102,7 +103,8 @@ def test_a_run_directory_with_another_run_is_refused_and_kept(
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
     code, line = sentence(capsys, tmp_path, "server", SERVER)
     assert code == 1
-    assert "--resume" in line and "--overwrite" in line
+    assert "--resume" in line
+    assert "--overwrite" in line
     code, line = sentence(capsys, tmp_path, "server", SERVER, "--resume")
     assert code == 1
     assert "another run" in line
@@ -151,7 +153,8 @@ def test_a_server_that_does_not_answer_is_named_with_what_was_tried(
     write_texts(tmp_path / "a.jsonl", "a", 3)
     code, line = sentence(capsys, tmp_path, "agent", AGENT)
     assert code == 1
-    assert "127.0.0.1:1" in line and "tries" in line
+    assert "127.0.0.1:1" in line
+    assert "tries" in line
 
 
 @pytest.mark.parametrize(
