@@ -56,9 +56,12 @@ def partition(model: PreTrainedModel, *, bottom_blocks: int, top_blocks: int) ->
         ValueError: If ``model`` is not a model of transformers.
 
     Guarantees:
-        * Segments chained give the whole model's logits, loss and gradients, up to float32 rounding.
-        * The segments' parameters are the given model's own ``Parameter`` objects.
-        * The given model's modules and configuration are not changed.
+        * Segments chained give the whole model's logits, loss and gradients, up to float32 rounding, with padding on
+          either side.
+        * Cached decoding through the segments, each with its own cache, gives the whole model's logits.
+        * Bottom and trunk return hidden states before the final norm.
+        * The segments' parameters are the given model's own ``Parameter`` objects, the trunk's are its blocks'.
+        * The given model's modules and configuration are not changed, and it generates as before.
     """
     family = _checked_family(model)
     n_blocks = len(cast(nn.ModuleList, model.base_model.get_submodule(family.blocks)))

@@ -26,7 +26,7 @@ def load_shell(folder: Path, *, dtype: torch.dtype = torch.float32) -> PreTraine
     if getattr(config, "quantization_config", None) is not None:
         raise WeightsError(f"The weights in {folder} are quantised; give a checkpoint in floating point.")
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()
 
 
@@ -44,7 +44,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise WeightsError(f"There is no config.json in {folder}; give the folder of a causal language model.")
     try:
         family_of(str(json.loads((folder / "config.json").read_bytes())["model_type"]))
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(f"The configuration in {folder} cannot be read ({reason}); fetch it again.") from error

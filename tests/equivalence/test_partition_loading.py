@@ -87,6 +87,18 @@ def test_a_sharded_checkpoint_loads_as_one_file_does(family: str, tmp_path: Path
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
+def test_a_checkpoint_of_the_model_without_its_head_loads(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, tie_word_embeddings=True)
+    folder = saved(model.base_model, tmp_path)
+    assert not any(name.startswith(model.base_model_prefix) for name in Checkpoint(folder).names)
+    expected = model.state_dict()
+    bottom, top = load_bottom_and_top(folder, bottom_blocks=1, top_blocks=1)
+    for segment in (bottom, load_trunk(folder, bottom_blocks=1, top_blocks=1), top):
+        for name, tensor in segment.model.state_dict().items():
+            assert torch.equal(tensor, expected[segment.whole_model_name(name)]), name
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_tied_embedding_is_in_memory_once(family: str, tmp_path: Path) -> None:
     folder = saved(tiny_model(family, tie_word_embeddings=True), tmp_path)
