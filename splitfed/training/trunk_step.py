@@ -128,7 +128,7 @@ class TrunkTrainer:
                 are.
         """
         state = self._slot(slot)
-        smashed_BTD = smashed_BTD.to(self._parameter.device, self._parameter.dtype)
+        smashed_BTD = smashed_BTD.detach().to(self._parameter.device, self._parameter.dtype)
         if trains:
             self._check_next(state, step, micro_batch)
         smashed_BTD.requires_grad_(trains and wants_smashed_gradient)
