@@ -39,6 +39,7 @@ class AgentState:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise ConfigError(
                 f"Another agent uses [agent] state_directory {directory}; end it, or give this one another directory."
             ) from error
@@ -86,12 +87,12 @@ class AgentState:
         file = self.directory / "metrics.jsonl"
         kept = []
         if file.exists():
-            for text in file.read_text().splitlines():
+            for text in file.read_text(errors="replace").splitlines():
                 try:
                     earlier = json.loads(text)
                     is_kept = earlier["run"] != run_id or earlier["round"] < line["round"]
-                except (ValueError, KeyError):
-                    continue
+                except (ValueError, KeyError, TypeError):
+                    continue  # not a line of ours
                 if is_kept:
                     kept.append(text)
         draft = file.with_name(".metrics.jsonl")

@@ -1,0 +1,130 @@
+"""What an agent finds again after a restart, and what it does when something is lost."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitfed.agent.state import AgentState
+from splitfed.errors import ConfigError
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[AgentState]:
+    state = AgentState(tmp_path / "a")
+    yield state
+    state.close()
+
+
+def reopened(directory: Path) -> AgentState:
+    """Open a directory as the next process would."""
+    state = AgentState(directory)
+    state.close()
+    return state
+
+
+def moments(round: int) -> dict[str, torch.Tensor]:
+    return {"model.layers.0.q.lora_A.weight/exp_avg": torch.full((2, 3), float(round))}
+
+
+def lines(state: AgentState) -> list[dict[str, object]]:
+    return [json.loads(text) for text in (state.directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_agent_keeps_its_id_over_restarts(tmp_path: Path) -> None:
+    first = reopened(tmp_path / "a")
+    assert len(first.agent_id) == 16
+    assert reopened(tmp_path / "a").agent_id == first.agent_id
+
+
+def test_two_agents_have_two_ids(tmp_path: Path) -> None:
+    assert reopened(tmp_path / "a").agent_id != reopened(tmp_path / "b").agent_id
+
+
+@pytest.mark.parametrize("content", ["", "not hexadecimal", "0011"])
+def test_a_damaged_id_is_replaced_by_one_that_lasts(tmp_path: Path, content: str) -> None:
+    (tmp_path / "agent-id").write_text(content)
+    fresh = reopened(tmp_path)
+    assert len(fresh.agent_id) == 16
+    assert reopened(tmp_path).agent_id == fresh.agent_id
+
+
+def test_a_directory_in_use_is_refused_until_it_is_free(state: AgentState) -> None:
+    with pytest.raises(ConfigError, match=f"Another agent uses .* {state.directory}"):
+        AgentState(state.directory)
+    state.close()
+    assert reopened(state.directory).agent_id == state.agent_id
+
+
+def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'a'} cannot be used"):
+        AgentState(tmp_path / "a")
+
+
+def test_a_run_starts_with_an_empty_optimiser(state: AgentState) -> None:
+    assert state.optimiser_after("run", 0) == {}
+
+
+def test_the_optimiser_comes_back_after_the_last_round_and_the_one_before(state: AgentState) -> None:
+    for round in range(1, 5):
+        state.keep_optimiser("run", round, moments(round))
+    for round in (3, 4):
+        found = state.optimiser_after("run", round)
+        assert found is not None
+        assert found.keys() == moments(round).keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in moments(round).items())
+    assert state.optimiser_after("run", 2) is None
+
+
+def test_the_optimiser_of_another_run_is_left_alone(state: AgentState) -> None:
+    state.keep_optimiser("first", 1, moments(1))
+    for round in (1, 2, 3):
+        state.keep_optimiser("second", round, moments(round))
+    assert state.optimiser_after("first", 1) is not None
+
+
+def test_an_optimiser_that_was_never_kept_is_none(state: AgentState) -> None:
+    assert state.optimiser_after("run", 1) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100])
+def test_a_damaged_optimiser_is_none(state: AgentState, content: bytes) -> None:
+    state.keep_optimiser("run", 1, moments(1))
+    (kept,) = state.directory.glob("state/run/*.safetensors")
+    kept.write_bytes(content)
+    assert state.optimiser_after("run", 1) is None
+
+
+def test_a_write_that_was_interrupted_leaves_the_round_before(state: AgentState) -> None:
+    state.keep_optimiser("run", 1, moments(1))
+    (state.directory / "state" / "run" / ".after-round").write_bytes(b"half")
+    found = state.optimiser_after("run", 1)
+    assert found is not None
+    assert torch.equal(*(values["model.layers.0.q.lora_A.weight/exp_avg"] for values in (found, moments(1))))
+    state.keep_optimiser("run", 2, moments(2))
+    assert state.optimiser_after("run", 2) is not None
+
+
+def test_metrics_of_a_round_that_is_run_again_are_replaced(state: AgentState) -> None:
+    for round in (1, 2, 3):
+        state.write_metrics("run", {"round": round, "try": 1})
+    state.write_metrics("run", {"round": 2, "try": 2})
+    assert lines(state) == [{"run": "run", "round": 1, "try": 1}, {"run": "run", "round": 2, "try": 2}]
+
+
+def test_metrics_of_another_run_are_kept(state: AgentState) -> None:
+    state.write_metrics("first", {"round": 5})
+    state.write_metrics("second", {"round": 1})
+    assert lines(state) == [{"run": "first", "round": 5}, {"run": "second", "round": 1}]
+
+
+@pytest.mark.parametrize("damage", ["{half a li", "[1, 2]", '{"round": 1}', "7"])
+def test_a_damaged_line_of_metrics_is_dropped(state: AgentState, damage: str) -> None:
+    state.write_metrics("run", {"round": 1})
+    with (state.directory / "metrics.jsonl").open("a") as file:
+        file.write(damage + "\n")
+    state.write_metrics("run", {"round": 2})
+    assert lines(state) == [{"run": "run", "round": 1}, {"run": "run", "round": 2}]
