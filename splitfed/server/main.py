@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from contextlib import ExitStack
 
 from splitfed.config import ServerConfig, refuse_plain_text
 from splitfed.models import adapter_state, resolve_base
@@ -60,18 +61,22 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
     folder = resolve_base(config.model.base, config.model.revision)
     base = BaseFolder(folder, config.model.bottom_blocks, config.model.top_blocks)
     store = RunStore(config.run.directory, _identity(config, base), resume=resume, overwrite=overwrite)
-    store.write_config(config)
-    state = store.load()
-    if state is not None and state.round >= config.training.rounds:
-        _log.info("the run %s is over; its adapter is in %s", config.run_id, store.final_adapter)
-        return None
-    trunk = open_trunk(folder, config.model, config.lora, seed=config.run.seed)
-    if state is None:
-        adapter = adapter_state(trunk)
-        state = RunState(0, adapter, start_of_run(folder, config.lora, adapter, seed=config.run.seed))
-    else:
-        _log.info("going on after round %d of %d", state.round, config.training.rounds)
-    return Daemon(config, state, TrunkTrainer(trunk, config.training, seed=config.run.seed), store, base)
+    with ExitStack() as opened:
+        opened.callback(store.close)
+        store.write_config(config)
+        state = store.load()
+        if state is not None and state.round >= config.training.rounds:
+            _log.info("the run %s is over; its adapter is in %s", config.run_id, store.final_adapter)
+            return None
+        trunk = open_trunk(folder, config.model, config.lora, seed=config.run.seed)
+        if state is None:
+            adapter = adapter_state(trunk)
+            state = RunState(0, adapter, start_of_run(folder, config.lora, adapter, seed=config.run.seed))
+        else:
+            _log.info("going on after round %d of %d", state.round, config.training.rounds)
+        trainer = TrunkTrainer(trunk, config.training, seed=config.run.seed)
+        opened.pop_all()
+        return Daemon(config, state, trainer, store, base)
 
 
 async def _serve_until_signal(daemon: Daemon) -> None:

@@ -55,8 +55,8 @@ class RunStore:
         overwrite: Remove the run that is there.
 
     Raises:
-        RunDirectoryError: If another server uses the directory, or it holds finished rounds and neither was asked for, or
-            it holds another run than the one to resume.
+        RunDirectoryError: If another server uses the directory, or it holds finished rounds and neither was asked for,
+            or it holds another run than the one to resume.
     """
 
     def __init__(
