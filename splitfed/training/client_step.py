@@ -184,7 +184,7 @@ class ClientTrainer:
             bottom_BTD = self.releases.smashed(
                 self.bottom(batch.input_ids_BT), records=batch.records, round=round, place=place
             )
-        with _finite("smashed data", round, place):
+        with refusing_what_is_not_finite("smashed data", round, place):
             output = link.forward(place, bottom_BTD.detach(), wants_smashed_gradient=self._bottom_trains)
         return _InFlight(place, batch, bottom_BTD, output)
 
@@ -211,16 +211,14 @@ class ClientTrainer:
         loss.backward()
         gradient_BTD = trunk_output_BTD.grad
         assert gradient_BTD is not None
-        if self.releases.is_noisy:
-            gradient_BTD *= (
-                self._training.batch_size
-            )  # of per-sequence losses: the step's divisor comes after the noise
+        if self.releases.is_noisy:  # of per-sequence losses: the batch's divisor comes after the noise
+            gradient_BTD *= self._training.batch_size
         gradient_BTD = self.releases.output_gradient(
             gradient_BTD, records=sent.batch.records, round=round, place=sent.place
         )
         if self.releases.is_noisy:
             gradient_BTD = gradient_BTD / self._training.batch_size
-        with _finite("output gradient", round, sent.place):
+        with refusing_what_is_not_finite("output gradient", round, sent.place):
             returning.append((sent.bottom_BTD, link.backward(sent.place, gradient_BTD)))
         while len(returning) > self._training.max_in_flight:
             self._finish(*returning.popleft())
@@ -237,7 +235,7 @@ class ClientTrainer:
 
 
 @contextmanager
-def _finite(what: str, round: int, place: Place) -> Iterator[None]:
+def refusing_what_is_not_finite(what: str, round: int, place: Place) -> Iterator[None]:
     """Say in a user's words that a codec refused a NaN or an infinity; nothing has left then."""
     try:
         yield

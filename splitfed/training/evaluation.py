@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from splitfed.models import Segment
-from splitfed.training.client_step import Loss, causal_lm_loss, count_label_tokens
+from splitfed.training.client_step import (
+    Loss,
+    causal_lm_loss,
+    count_label_tokens,
+    refusing_what_is_not_finite,
+)
 from splitfed.training.data import Example, collate
 from splitfed.training.link import Kind, Link, Place
 from splitfed.training.releases import Releases
@@ -40,7 +45,12 @@ def evaluate(
         loss: The loss of logits and labels.
 
     Returns:
-        The mean over all tokens that carry loss.
+        The mean over all tokens that carry loss; 0 if none does.
+
+    Raises:
+        NonFiniteLoss: If the smashed data is NaN or infinite; it has not been sent then.
+        LinkError: If the round is lost.
+        BudgetExhausted: If a release would cross the agent's budget.
     """
     bottom.eval()
     top.eval()
@@ -50,7 +60,9 @@ def evaluate(
         batch = collate(examples[start : start + batch_size], pad_token_id=pad_token_id, length=length)
         place = Place(0, index, Kind.EVALUATE)
         smashed_BTD = releases.smashed(bottom(batch.input_ids_BT), records=batch.records, round=round, place=place)
-        output_BTD = link.forward(place, smashed_BTD).result()
+        with refusing_what_is_not_finite("smashed data", round, place):
+            output = link.forward(place, smashed_BTD)
+        output_BTD = output.result()
         total += loss(top(output_BTD).logits, batch.labels_BT, 1.0).item()
         tokens += count_label_tokens(batch.labels_BT)
     return total / max(tokens, 1)
