@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from splitfed.proto.v1.joining_pb2_grpc import JoiningStub
 _INDEX = "model.safetensors.index.json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FILE_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 _MOST_FILE_BYTES = 256 << 20
+_MEGABYTE = 1e6
 
 
 def fetch_segments(
@@ -32,7 +36,8 @@ def fetch_segments(
         A folder that holds one side of the checkpoint, a file per tensor.
 
     Raises:
-        WeightsError: If the server lists what cannot be a checkpoint, or what came has another hash.
+        WeightsError: If the server lists what cannot be a checkpoint, or more than the disk holds, or what came has
+            another hash.
     """
     listing = stub.ListSegments(joining_pb2.ListSegmentsRequest(run_id=run_id))
     _check(listing)
@@ -42,6 +47,8 @@ def fetch_segments(
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {tensor.name: _tensor_bytes(tensor) for tensor in listing.tensors}
     total_bytes = sum(sizes.values()) + sum(file.size_bytes for file in listing.files)
+    there_bytes = sum(size for name, size in sizes.items() if (folder / f"{name}.safetensors").is_file())
+    _check_room(total_bytes - there_bytes, folder)
     done_bytes = 0
     for file in listing.files:
         request = joining_pb2.FetchSegmentsRequest(run_id=run_id, file=file.name)
@@ -64,18 +71,30 @@ def fetch_segments(
 
 
 def _check(listing: joining_pb2.ListSegmentsReply) -> None:
-    """Names become file names here: only plain ones may."""
-    for name in [tensor.name for tensor in listing.tensors] + [file.name for file in listing.files]:
-        if not _NAME.fullmatch(name) or name == _INDEX:
-            raise WeightsError(f"The server lists {name[:100]!r}, which cannot be the name of a tensor or a file.")
+    """Names become file names here: only plain ones may, and each once."""
+    for names in ([tensor.name for tensor in listing.tensors], [file.name for file in listing.files]):
+        for name, times in Counter(names).items():
+            if not _NAME.fullmatch(name) or name == _INDEX:
+                raise WeightsError(f"The server lists {name[:100]!r}, which cannot be the name of a tensor or a file.")
+            if times > 1:
+                raise WeightsError(f"The server lists {name!r} twice.")
     for file in listing.files:
-        if file.size_bytes > _MOST_FILE_BYTES or file.name.endswith(".safetensors"):
+        if file.size_bytes > _MOST_FILE_BYTES or not file.name.endswith(_FILE_SUFFIXES):
             raise WeightsError(
                 f"The server lists the file {file.name!r} of {file.size_bytes} bytes, which is not expected."
             )
     for tensor in listing.tensors:
         if tensor.dtype not in _DTYPE_BYTES:
             raise WeightsError(f"The server lists the tensor {tensor.name!r} with the unknown dtype {tensor.dtype!r}.")
+
+
+def _check_room(missing_bytes: int, folder: Path) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if missing_bytes > free_bytes:
+        raise WeightsError(
+            f"What the server lists needs {missing_bytes / _MEGABYTE:.1f} MB, but only {free_bytes / _MEGABYTE:.1f} MB "
+            f"are free in {folder}; make room, or give [agent] state_directory another disk."
+        )
 
 
 def _tensor_bytes(tensor: joining_pb2.TensorIdentity) -> int:
