@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import AutoTokenizer
-
 from splitfed.agent.gate import open_gate
 from splitfed.agent.progress import Progress
 from splitfed.agent.segments import fetch_segments
 from splitfed.agent.server_calls import RoundReport, ServerCalls, translated
 from splitfed.agent.state import AgentState
+from splitfed.agent.tokenizer import open_tokenizer
 from splitfed.compress import get_codec
 from splitfed.config import AgentConfig, RunConfig
 from splitfed.errors import JoinRefused, RoundLost, ServerUnreachable
@@ -283,7 +282,7 @@ class Agent:
         config_sha256 = canonical_config(folder)
         bottom, top = open_bottom_and_top(folder, run.model, run.lora, seed=run.run.seed)
         names = segment_tensor_names(folder, bottom_blocks=run.model.bottom_blocks, top_blocks=run.model.top_blocks)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = open_tokenizer(folder)
         train, held_out = load_examples(
             self._config.data, tokenizer, max_tokens=run.training.max_tokens, record_hash=self._ledger.record_hash
         )
