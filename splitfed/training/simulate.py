@@ -79,11 +79,11 @@ def simulate(
         ValueError: If a client has nothing to train on.
     """
     training, lora, codecs = training or TrainingSection(), lora or LoraSection(), codecs or CodecSection()
+    examples = {client: _examples(client, shard, tokenizer, training.max_tokens) for client, shard in shards.items()}
     for segment in parts:
         add_adapter(segment, lora_settings(lora), seed=seed)
     trunk = TrunkTrainer(parts.trunk, training, seed=seed)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    examples = {client: _examples(client, shard, tokenizer, training.max_tokens) for client, shard in shards.items()}
     clients = {
         client: ClientTrainer(
             parts.bottom,
@@ -167,11 +167,12 @@ def _train(
 def _examples(
     client: str, shard: Sequence[str] | Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> Sequence[Example]:
-    if not len(shard):
-        raise ValueError(f"The client {client!r} has nothing to train on; give it at least one text.")
-    if isinstance(shard[0], str):
-        return examples_of([text for text in shard if isinstance(text, str)], tokenizer, max_tokens=max_tokens)
-    return [example for example in shard if isinstance(example, Example)]
+    examples = [example for example in shard if isinstance(example, Example)]
+    if texts := [text for text in shard if isinstance(text, str)]:
+        examples += examples_of(texts, tokenizer, max_tokens=max_tokens)
+    if not examples:
+        raise ValueError(f"The client {client!r} has nothing to train on; give it a text of 2 tokens or more.")
+    return examples
 
 
 def _merged(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
