@@ -20,7 +20,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # noqa: BLE001 - what tokenizers raises for a damaged file is a bare Exception
+    except Exception as error:  # tokenizers raises a bare one for a damaged file
         reason = str(error).strip().partition("\n")[0][:200]
         raise WeightsError(
             f"The tokenizer in {folder} cannot be used ({type(error).__name__}: {reason}); give a base model with a "
