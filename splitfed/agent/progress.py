@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 
 _LINES_A_ROUND = 5
 _MEGABYTE = 1e6
+_CHANNELS = {"smashed": "smashed data", "output_gradient": "output gradients"}
 
 
 class Progress:
@@ -88,7 +89,7 @@ class Progress:
             line["seconds"],
         )
         for channel, epsilon in line["epsilon"].items():
-            name = channel.replace("_", " ")
+            name = _CHANNELS[channel]
             if epsilon is None:
                 _log.info("privacy of the %s: nothing is guaranteed", name)
             else:

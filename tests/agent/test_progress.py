@@ -1,0 +1,119 @@
+"""What a person reads of an agent's work: losses, bytes, and what is guaranteed, in full."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from splitfed.agent.progress import Progress
+from splitfed.config import PrivacySection
+from splitfed.privacy import RELATION, UNIT
+
+LINE: dict[str, Any] = {
+    "round": 2,
+    "training_loss": 3.25,
+    "held_out_loss": None,
+    "epsilon": {"smashed": 12.34567, "output_gradient": 0.5},
+    "epsilon_per_release": 1.0,
+    "total": "none: the adapter update is not protected",
+    "delta": 1e-5,
+    "unit": UNIT,
+    "relation": RELATION,
+    "bytes_up": 2_500_000,
+    "bytes_down": 1_000_000,
+    "seconds": 7.0,
+}
+
+
+@pytest.fixture
+def progress(caplog: pytest.LogCaptureFixture) -> Progress:
+    caplog.set_level("INFO", "splitfed")
+    return Progress(Console(file=io.StringIO()))
+
+
+def test_noise_off_is_a_warning_that_nothing_is_guaranteed(
+    progress: Progress, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress.policy(PrivacySection(noise_multiplier=0.0), is_training=True)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "nothing is guaranteed" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("is_training", "words"),
+    [(True, "the adapter update leaves unprotected"), (False, "nothing is trained on this device")],
+)
+def test_a_policy_is_told_with_all_that_it_rests_on(
+    progress: Progress, caplog: pytest.LogCaptureFixture, is_training: bool, words: str
+) -> None:
+    policy = PrivacySection(
+        noise_multiplier=0.75, clipping_norm_smashed=3.5, clipping_norm_output_gradient=0.25, delta=1e-6
+    )
+    progress.policy(policy, is_training=is_training)
+    for word in ("multiplier 0.75", f"unit {UNIT}", f"relation {RELATION}", "delta 1e-06", "3.5 a token", "to 0.25"):
+        assert word in caplog.text
+    assert words in caplog.text
+
+
+def test_a_round_is_told_with_loss_traffic_and_time(progress: Progress, caplog: pytest.LogCaptureFixture) -> None:
+    progress.round_is_over(LINE, rounds=5)
+    assert "round 2 of 5 is over: loss 3.250, 2.5 MB up, 1.0 MB down, 7.0 s" in caplog.text
+
+
+def test_a_held_out_loss_is_told_where_there_is_one(progress: Progress, caplog: pytest.LogCaptureFixture) -> None:
+    progress.round_is_over({**LINE, "held_out_loss": 3.5}, rounds=5)
+    assert "loss 3.250, held out 3.500," in caplog.text
+
+
+def test_an_epsilon_is_told_with_its_channel_delta_unit_and_relation(
+    progress: Progress, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress.round_is_over(LINE, rounds=5)
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("privacy of the")]
+    rest = f"delta 1e-05, unit {UNIT}, relation {RELATION}"
+    assert said == [  # rounded up, never down
+        f"privacy of the smashed data: epsilon 1 for one release, 12.35 for all so far; {rest}",
+        f"privacy of the output gradients: epsilon 1 for one release, 0.5 for all so far; {rest}",
+    ]
+
+
+def test_a_channel_without_noise_is_told_to_guarantee_nothing(
+    progress: Progress, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress.round_is_over({**LINE, "epsilon": {"smashed": None}, "epsilon_per_release": None}, rounds=5)
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("privacy of the")]
+    assert said == ["privacy of the smashed data: nothing is guaranteed"]
+
+
+def test_every_round_ends_with_the_guarantee_in_total(progress: Progress, caplog: pytest.LogCaptureFixture) -> None:
+    progress.round_is_over(LINE, rounds=5)
+    assert caplog.records[-1].getMessage() == "privacy in total: none: the adapter update is not protected"
+
+
+def test_steps_are_told_a_few_times_a_round(progress: Progress, caplog: pytest.LogCaptureFixture) -> None:
+    for step in range(20):
+        progress.step_is_over(1, 3, step, 20, loss=4.0)
+    assert [record.args for record in caplog.records] == [(1, 3, step, 20, 4.0) for step in (4, 8, 12, 16, 20)]
+
+
+def test_the_fetching_of_the_base_model_is_told_in_tenths(progress: Progress, caplog: pytest.LogCaptureFixture) -> None:
+    for done_bytes in range(0, 10_000_001, 100_000):
+        progress.fetched(done_bytes, 10_000_000)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"base model: {megabytes}.0 of 10.0 MB fetched" for megabytes in range(1, 11)
+    ]
+
+
+def test_at_a_terminal_a_bar_takes_the_place_of_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "splitfed")
+    drawn = io.StringIO()
+    progress = Progress(Console(file=drawn, force_terminal=True, width=120))
+    for step in range(4):
+        progress.step_is_over(2, 3, step, 4, loss=4.125)
+    progress.finish("run")
+    assert "round 2 of 3" in drawn.getvalue()
+    assert "8/12" in drawn.getvalue()
+    assert "4.125" in drawn.getvalue()
+    assert [record.getMessage() for record in caplog.records] == ["the run run is over"]
