@@ -1,9 +1,7 @@
 """One causal language model as bottom, trunk and top: partition, loading of one side, LoRA adapters."""
 
 from splitfed.models.adapters import (
-    LoraSettings,
     adapter_parameters,
-    adapter_shapes,
     adapter_state,
     add_adapter,
     initial_adapter,
@@ -13,6 +11,7 @@ from splitfed.models.base import resolve_base
 from splitfed.models.checkpoint import Checkpoint, TensorIdentity
 from splitfed.models.export import check_adapter, export_adapter
 from splitfed.models.fingerprint import canonical_config, tensor_hashes
+from splitfed.models.lora import LoraSettings, adapter_shapes
 from splitfed.models.partition import Bottom, Partition, Segment, Top, Trunk, partition
 from splitfed.models.shell import load_shell
 from splitfed.models.weights import load_bottom_and_top, load_trunk, segment_tensor_names

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from splitfed.models.adapters import LoraSettings, adapter_shapes, peft_config
+from splitfed.models.lora import LoraSettings, adapter_shapes, peft_config
 from splitfed.models.shell import load_shell
 
 _PREFIX = "base_model.model."  # peft's wrapping, as PeftModel saves it

@@ -21,8 +21,8 @@ from splitfed.models import (
     load_trunk,
     partition,
 )
-from splitfed.models.adapters import peft_config
 from splitfed.models.families import FAMILIES
+from splitfed.models.lora import peft_config
 from tests.equivalence.closeness import assert_equal_to_rounding
 from tests.equivalence.tiny_models import VOCABULARY, tiny_model
 

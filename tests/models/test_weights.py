@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -6,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from splitfed.errors import SplitPointError, UnsupportedFamily, WeightsError
-from splitfed.models import load_bottom_and_top, load_shell, load_trunk, segment_tensor_names
+from splitfed.errors import SplitPointError, WeightsError
+from splitfed.models import load_bottom_and_top, load_trunk, segment_tensor_names
 from tests.equivalence.tiny_models import tiny_model
 
 logging.disable_progress_bar()
@@ -29,11 +28,6 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def configure(folder: Path, **changes: object) -> None:
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, **changes}))
-
-
 def test_loaded_segments_are_frozen_and_do_not_drop(folder: Path) -> None:
     bottom, top = load_bottom_and_top(folder, bottom_blocks=1, top_blocks=1)
     for segment in (bottom, load_trunk(folder, bottom_blocks=1, top_blocks=1), top):
@@ -50,22 +44,11 @@ def test_a_folder_of_one_sides_tensors_is_enough_for_that_side(folder: Path) -> 
         load_trunk(folder, bottom_blocks=1, top_blocks=1)
 
 
-def test_the_shell_takes_no_memory(folder: Path) -> None:
-    assert all(tensor.is_meta for tensor in load_shell(folder).state_dict().values())
-
-
 def test_a_tensor_of_another_shape_is_refused_by_name(folder: Path) -> None:
     rewrite(folder, model__layers__1__mlp__up_proj__weight=torch.zeros(4, 4))
     with pytest.raises(WeightsError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' .* has shape \[4, 4\]"):
         load_trunk(folder, bottom_blocks=1, top_blocks=1)
     load_bottom_and_top(folder, bottom_blocks=1, top_blocks=1)
-
-
-def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
-    tiny_model("mixtral").save_pretrained(tmp_path)
-    rewrite(tmp_path, model__layers__1__block_sparse_moe__experts__2__w1__weight=None)
-    with pytest.raises(WeightsError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"):
-        load_trunk(tmp_path, bottom_blocks=1, top_blocks=1)
 
 
 def test_a_tied_tensor_may_be_stored_twice_if_it_is_the_same(tmp_path: Path) -> None:
@@ -91,27 +74,3 @@ def test_a_split_point_out_of_range_is_refused_before_weights_are_read(folder: P
     (folder / "model.safetensors").unlink()
     with pytest.raises(SplitPointError):
         load_trunk(folder, bottom_blocks=2, top_blocks=2)
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model_type": "llama", "hidden_size": "wide"}'])
-def test_a_damaged_configuration_is_refused(folder: Path, content: str) -> None:
-    (folder / "config.json").write_text(content)
-    with pytest.raises(WeightsError, match=r"configuration in .* cannot be read"):
-        load_shell(folder)
-
-
-def test_a_folder_without_configuration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"no config\.json"):
-        load_shell(tmp_path)
-
-
-def test_another_family_is_refused_by_name(folder: Path) -> None:
-    configure(folder, model_type="a_new_one")
-    with pytest.raises(UnsupportedFamily, match="'a_new_one'"):
-        load_shell(folder)
-
-
-def test_quantised_weights_are_refused(folder: Path) -> None:
-    configure(folder, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(WeightsError, match="are quantised"):
-        load_shell(folder)
