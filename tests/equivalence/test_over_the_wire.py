@@ -2,46 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitfed
-from splitfed.config import CodecSection, DataSection
-from splitfed.training.data import ExampleSet, load_examples
-from splitfed.training.simulate import Simulation, simulate
+from splitfed.config import CodecSection
 from tests.equivalence.central import central_run
+from tests.equivalence.in_process import examples_in, simulate_files
 from tests.service.conftest import OPEN, server_config, write_texts
 from tests.service.local import agent_config, run_agent_here, serving, start_agent
 
 TOLERANCE = 1e-5
 """Largest difference of a step's mean loss, in nats."""
-
-
-def examples_in(file: Path, max_tokens: int) -> ExampleSet:
-    tokenizer = AutoTokenizer.from_pretrained(splitfed.base_model_folder())
-    train, _ = load_examples(
-        DataSection(path=str(file)), tokenizer, max_tokens=max_tokens, record_hash=lambda content: content.hex()[:8]
-    )
-    return train
-
-
-def in_process(config: Any, files: dict[str, Path]) -> Simulation:
-    base = splitfed.base_model_folder()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    parts = splitfed.partition(model, bottom_blocks=config.model.bottom_blocks, top_blocks=config.model.top_blocks)
-    return simulate(
-        parts,
-        AutoTokenizer.from_pretrained(base),
-        {name: examples_in(file, config.training.max_tokens) for name, file in files.items()},
-        training=config.training,
-        lora=config.lora,
-        codecs=config.codecs,
-        seed=config.run.seed,
-    )
 
 
 def step_losses(state_directory: Path) -> list[float]:
@@ -77,7 +51,7 @@ def test_two_agents_over_grpc_get_the_bits_of_one_process(tmp_path: Path, codecs
         for future in ended:
             future.result(120)
     exported = load_file(config.run.directory / "adapter" / "adapter_model.safetensors")
-    simulated = in_process(config, files)
+    simulated = simulate_files(files, config.training, seed=config.run.seed, lora=config.lora, codecs=codecs)
     for name, tensor in simulated.adapter.items():
         assert torch.equal(exported[f"base_model.model.{name}"], tensor), name
     assert step_losses(tmp_path / "a") == simulated.losses["a"]

@@ -1,12 +1,15 @@
 """The main job on real input: real processes, a real pretrained model, real text, a stock check of the result."""
 
 import csv
+import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from splitfed.config import DataSection, LoraSection, TrainingSection
@@ -14,6 +17,8 @@ from splitfed.training.client_step import causal_lm_loss, count_label_tokens
 from splitfed.training.data import Example, load_examples
 from splitfed.training.data import collate as collate_examples
 from tests.equivalence.central import central_run
+from tests.equivalence.in_process import simulate_files
+from tests.service.conftest import write_texts
 from tests.service.daemons import Daemons
 
 pytestmark = pytest.mark.service
@@ -47,6 +52,12 @@ def examples(file: Path, tokenizer: PreTrainedTokenizerBase, rows: int | None = 
         data, tokenizer, max_tokens=TRAINING["max_tokens"], record_hash=lambda content: content.hex()[:8]
     )
     return list(found)
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 @torch.no_grad()
@@ -128,3 +139,36 @@ def test_one_agent_has_the_loss_curve_of_central_lora(daemons: Daemons, stories2
     assert len(split) == 12
     assert split == pytest.approx(central, abs=1e-5)
     assert central[-1] < central[0] - 1
+
+
+def test_daemons_that_are_killed_end_with_the_bits_of_an_undisturbed_run(daemons: Daemons) -> None:
+    """Undisturbed is the run in one process, which equals a run over gRPC to the bit."""
+    port = free_port()
+    training = {"rounds": 3, "local_steps": 12, "batch_size": 4, "max_tokens": 48, "learning_rate": 3e-3}
+    tables = {
+        "run": {"seed": 4},
+        "model": {"base": "demo"},
+        "training": training,
+        "federation": {"agents": 2},
+        "server": {"address": f"127.0.0.1:{port}"},
+    }
+    files = {name: write_texts(daemons.folder / f"{name}.jsonl", name, rows) for name, rows in (("a", 9), ("b", 14))}
+    address = daemons.start_server(tables)
+    own = {name: {"data": {"path": file.name}, "privacy": {"noise_multiplier": 0.0}} for name, file in files.items()}
+    for name, agent in own.items():
+        daemons.start_agent(name, address, agent)
+    daemons.wait_for_log("a", "round 1 of 3, step 8 of 12")
+    assert daemons.kill("a") == -signal.SIGKILL
+    daemons.start_agent("a", address, own["a"])
+    daemons.wait_for_log("server", "round 1 of 3 is written")
+    assert daemons.kill("server") == -signal.SIGKILL
+    assert daemons.start_server(tables, "--resume") == address
+    daemons.wait_for_log("server", "round 2 of 3 is written")
+    assert daemons.kill("server", signal.SIGTERM) == 0
+    assert daemons.start_server(tables, "--resume") == address
+    daemons.wait_for_all()
+    assert [line["round"] for line in daemons.metrics()] == [1, 2, 3]
+    simulated = simulate_files(files, TrainingSection(**training), seed=4)
+    exported = load_file(daemons.run / "adapter" / "adapter_model.safetensors")
+    for name, tensor in simulated.adapter.items():
+        assert torch.equal(exported[f"base_model.model.{name}"], tensor), name
