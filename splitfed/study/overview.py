@@ -41,7 +41,9 @@ def samples(measured: BeforeAfter) -> Html:
     if measured.sample_before is None and measured.sample_after is None:
         return Html("")
     pair = [
-        element("div", element("h3", name), element("pre", element("b", measured.prompt), sample), kind="sample")
+        element(
+            "div", element("h3", name), element("pre", element("b", measured.prompt), sample.rstrip()), kind="sample"
+        )
         for name, sample in (("Before", measured.sample_before), ("After", measured.sample_after))
         if sample is not None
     ]

@@ -58,6 +58,8 @@ def _row(finished: Round, held_out_loss: float | None, names: list[str]) -> list
 def _terms(record: RunRecord, measured: BeforeAfter) -> str:
     """Say what the columns mean: over which agents, and for epsilon its delta, unit and relation."""
     agents = [agent for one in record.rounds for agent in one.agents.values()]
+    if any(value is not None for agent in agents for value in (agent.epsilon or {}).values()):
+        losses += " Training loss is taken with the agents’ noise on."
     terms = sorted({(agent.delta, agent.unit, agent.relation) for agent in agents if agent.delta is not None})
     meanings = "; ".join(
         f"δ = {wording.delta(delta)}, unit {unit}, relation {relation}" for delta, unit, relation in terms

@@ -133,6 +133,7 @@ def test_a_round_shows_means_by_weight_and_the_largest_epsilon_with_its_terms(tm
     assert row["B/token ↓"] == "140"
     assert row["Seconds"] == "12.5"
     assert "the largest of 2 of 2 agents: δ = 1e-5, unit sequence, relation replace-one" in page.text
+    assert "Training loss is taken with the agents’ noise on." in page.text
     assert f"Total: {TOTAL}." in page.text
     assert "10<sup>6</sup>" in markup
 
@@ -145,6 +146,7 @@ def test_what_the_agents_keep_to_themselves_is_shown_as_not_shared(tmp_path: Pat
         assert row["B/token ↑"] == "300"
     assert "No agent shared its losses." in page.text
     assert "No agent shared its epsilons." in page.text
+    assert "noise on" not in page.text
     assert "Total:" not in page.text
     assert "nothing is guaranteed" not in page.text
 
