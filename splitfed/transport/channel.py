@@ -1,11 +1,9 @@
 """Channels and ports: TLS, keep-alive and size limits, the same for every service."""
 
-from pathlib import Path
-
 import grpc
 
 from splitfed.config import TlsSection
-from splitfed.errors import ConfigError
+from splitfed.transport.certificates import read_certificates
 from splitfed.transport.tensors import MAX_MESSAGE_BYTES
 
 _LIMITS = [
@@ -45,14 +43,13 @@ def open_channel(address: str, tls: TlsSection | None) -> grpc.Channel:
         tls: Certificates; none: plain text.
 
     Raises:
-        ConfigError: If a certificate file cannot be read.
+        ConfigError: If a certificate file cannot be used.
     """
     if tls is None:
         return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    own = read_certificates(tls)
     credentials = grpc.ssl_channel_credentials(
-        root_certificates=_read(tls.authority),
-        private_key=_read(tls.key),
-        certificate_chain=_read(tls.certificate),
+        root_certificates=own.authority, private_key=own.key, certificate_chain=own.chain
     )
     return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
@@ -61,17 +58,9 @@ def server_credentials(tls: TlsSection) -> grpc.ServerCredentials:
     """Give the server's side of mutual TLS: a client without a certificate of the authority is refused.
 
     Raises:
-        ConfigError: If a certificate file cannot be read.
+        ConfigError: If a certificate file cannot be used.
     """
+    own = read_certificates(tls)
     return grpc.ssl_server_credentials(
-        [(_read(tls.key), _read(tls.certificate))],
-        root_certificates=_read(tls.authority),
-        require_client_auth=True,
+        [(own.key, own.chain)], root_certificates=own.authority, require_client_auth=True
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"The certificate file {path} cannot be read ({error.strerror}); check [tls].") from error
