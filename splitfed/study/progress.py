@@ -58,15 +58,21 @@ def _row(finished: Round, held_out_loss: float | None, names: list[str]) -> list
 def _terms(record: RunRecord, measured: BeforeAfter) -> str:
     """Say what the columns mean: over which agents, and for epsilon its delta, unit and relation."""
     agents = [agent for one in record.rounds for agent in one.agents.values()]
-    if any(value is not None for agent in agents for value in (agent.epsilon or {}).values()):
-        losses += " Training loss is taken with the agents’ noise on."
-    terms = sorted({(agent.delta, agent.unit, agent.relation) for agent in agents if agent.delta is not None})
     meanings = "; ".join(
-        f"δ = {wording.delta(delta)}, unit {unit}, relation {relation}" for delta, unit, relation in terms
+        sorted(
+            {
+                f"δ = {wording.delta(agent.delta)}, unit {agent.unit or 'not shared'}, "
+                f"relation {agent.relation or 'not shared'}"
+                for agent in agents
+                if agent.delta is not None
+            }
+        )
     )
     losses = "Losses in nats per token, the agents’ mean by weight."
     if measured.held_out_loss_by_round:
         losses += " Held-out loss measured on each round’s exported adapter."
+    if any(value is not None for agent in agents for value in (agent.epsilon or {}).values()):
+        losses += " Training loss is taken with the agents’ noise on."
     if not meanings:
         return f"{losses} No agent shared its epsilons."
     sharing = sum(agent.epsilon is not None for agent in record.rounds[-1].agents.values())

@@ -323,3 +323,13 @@ def test_held_out_losses_measured_from_outside_take_the_place_of_the_agents_own(
     rows = page.table("Round", "ε smashed data", "B/token ↑")
     assert [row["Held-out loss"] for row in rows] == ["3.250", "not shared"]
     assert "Held-out loss measured on each round’s exported adapter." in page.text
+
+
+def test_an_epsilon_without_its_unit_or_relation_says_that_they_were_not_shared(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [server_line(1, a=share(), b=share())])
+    agents = {
+        "a": write_lines(tmp_path / "a", [agent_line(1)]),
+        "b": write_lines(tmp_path / "b", [agent_line(1, unit=None, relation=None)]),
+    }
+    _, page = report(run, agent_directories=agents)
+    assert "δ = 1e-5, unit not shared, relation not shared; δ = 1e-5, unit sequence, relation replace-one" in page.text
