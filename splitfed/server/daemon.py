@@ -141,7 +141,7 @@ class Daemon:
                 port = server.add_secure_port(address, server_credentials(self._config.tls))
         except RuntimeError as error:
             raise AddressInUse(
-                    f"The server cannot listen on {address}: the port is in use or not this machine's; free it, "
+                f"The server cannot listen on {address}: the port is in use or not this machine's; free it, "
                 "or change [server] address."
             ) from error
         return f"{address.rpartition(':')[0]}:{port}"

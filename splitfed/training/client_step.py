@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from splitfed.config import TrainingSection
 from splitfed.errors import NonFiniteLoss
-from splitfed.models import Segment, adapter_parameters
+from splitfed.models import Segment, adapter_parameters, adapter_state, load_adapter_state
 from splitfed.training.data import Batch, Example, collate
 from splitfed.training.link import Link, Place
 from splitfed.training.objective import IGNORED_LABEL
@@ -118,6 +118,19 @@ class ClientTrainer:
     def is_training(self) -> bool:
         """The client has an adapter of its own to train."""
         return self._bottom_trains or bool(adapter_parameters(self.top))
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Copy the adapters of bottom and top, by whole-model name."""
+        return {**adapter_state(self.bottom), **adapter_state(self.top)}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the adapters of bottom and top.
+
+        Raises:
+            ValueError: If a tensor is missing, or has another shape.
+        """
+        load_adapter_state(self.bottom, state)
+        load_adapter_state(self.top, state)
 
     def step(self, link: Link, examples: Sequence[Example], *, round: int, step: int) -> StepResult:
         """Run one local step over a link.

@@ -103,15 +103,13 @@ def simulate(
     for round in range(1, training.rounds + 1):
         mean = FixedPointMean()
         for client, trainer in clients.items():
-            for segment in parts:
-                load_adapter_state(segment, adapter)
+            trainer.load_adapter_state(adapter)
             trunk.open_round(client, round, adapter, optimisers.get(client, {}))
             result.losses[client] += _train(
                 trainer, trunk, examples[client], client, training, by_direction, seed, round
             )
             trunk_adapter, optimisers[client] = trunk.result(client)
-            ends = _merged(adapter_state(segment) for segment in (parts.bottom, parts.top))
-            mean.add({**trunk_adapter, **ends}, len(examples[client]))
+            mean.add({**trunk_adapter, **trainer.adapter_state()}, len(examples[client]))
             trunk.close(client)
         adapter = mean.result()
     result.adapter = adapter

@@ -37,6 +37,8 @@ class CuttingProxy:
 
     def close(self) -> None:
         """Cut everything, take no more."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts: only then is the port free
         self._listener.close()
         self.cut()
 

@@ -1,0 +1,81 @@
+"""An agent's work inside a round: its local steps, and its own held-out loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from splitfed.agent.prepare import Prepared
+from splitfed.training.evaluation import evaluate
+from splitfed.training.link import Link
+from splitfed.training.order import step_examples
+
+
+@dataclass(frozen=True)
+class LocalRound:
+    """What local training came to.
+
+    Attributes:
+        losses: Mean loss per token of each local step, in nats.
+        loss: Mean loss per token over all of them.
+        sent_tokens: Rows that crossed the link in one direction, padding included.
+    """
+
+    losses: list[float]
+    loss: float
+    sent_tokens: int
+
+
+def train_locally(
+    link: Link, prepared: Prepared, *, client: str, round: int, on_step: Callable[[int, float], None]
+) -> LocalRound:
+    """Run a round's local steps.
+
+    Args:
+        link: The client's link in this round.
+        prepared: Trainer and examples.
+        client: Name of the client, for its order of examples.
+        round: The round, from 1.
+        on_step: Called after each step with its number, from 0, and its loss.
+
+    Raises:
+        NonFiniteLoss: If a loss is NaN or infinite.
+        LinkError: If the round is lost.
+        BudgetExhausted: If a release would pass the budget.
+    """
+    training = prepared.run.training
+    losses: list[float] = []
+    loss_sum, label_tokens, sent_tokens = 0.0, 0, 0
+    for step in range(training.local_steps):
+        chosen = step_examples(
+            len(prepared.train),
+            seed=prepared.run.run.seed,
+            client=client,
+            round=round,
+            step=step,
+            batch_size=training.batch_size,
+            local_steps=training.local_steps,
+        )
+        result = prepared.trainer.step(link, [prepared.train[index] for index in chosen], round=round, step=step)
+        losses.append(result.loss)
+        loss_sum += result.loss_sum
+        label_tokens += result.label_tokens
+        sent_tokens += result.sent_tokens
+        on_step(step, result.loss)
+    return LocalRound(losses, loss_sum / max(label_tokens, 1), sent_tokens)
+
+
+def evaluate_locally(link: Link, prepared: Prepared, *, round: int) -> float | None:
+    """Measure this client's model on its held-out examples, at the end of its local training; None without any."""
+    if not prepared.held_out:
+        return None
+    trainer, training = prepared.trainer, prepared.run.training
+    return evaluate(
+        link,
+        trainer.bottom,
+        trainer.top,
+        trainer.releases,
+        prepared.held_out,
+        batch_size=training.micro_batch_size or training.batch_size,
+        max_tokens=training.max_tokens,
+        pad_token_id=trainer.pad_token_id,
+        round=round,
+    )

@@ -1,0 +1,105 @@
+"""What an agent sets up once it knows the run: segments, data, the gate and the trainer."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitfed.agent.gate import open_gate
+from splitfed.agent.tokenizer import open_tokenizer
+from splitfed.config import AgentConfig, RunConfig
+from splitfed.models import TensorIdentity, canonical_config, segment_tensor_names, tensor_hashes
+from splitfed.privacy import Ledger
+from splitfed.training.client_step import ClientTrainer
+from splitfed.training.data import ExampleSet, load_examples
+from splitfed.training.setup import open_bottom_and_top
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an agent sets up once, when it knows the run.
+
+    Attributes:
+        run: The run's configuration.
+        trainer: The client's half of the training.
+        train: Examples to train on.
+        held_out: Examples to evaluate on; may be empty.
+        blocks: Blocks of the trunk.
+        config_sha256: Hash of the base model's configuration.
+        tensors: Identity of each tensor of the agent's segments.
+        aggregation_weight: The owner's weight in every mean, if one is configured.
+    """
+
+    run: RunConfig
+    trainer: ClientTrainer
+    train: ExampleSet
+    held_out: ExampleSet
+    blocks: range
+    config_sha256: str
+    tensors: dict[str, TensorIdentity]
+    aggregation_weight: int | None
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self.run.run.name
+
+    @property
+    def run_key(self) -> str:
+        """Name of this run and no other, for files that outlive it: its id, and a hash of its configuration."""
+        return f"{self.run_id}-{hashlib.sha256(self.run.model_dump_json().encode()).hexdigest()[:12]}"
+
+    @property
+    def weight(self) -> int:
+        """The agent's weight in every mean: with noise on a configured count, because the true one says something."""
+        if self.aggregation_weight is not None:
+            return self.aggregation_weight
+        return 1 if self.trainer.releases.is_noisy else len(self.train)
+
+
+def prepare(config: AgentConfig, run: RunConfig, folder: Path, ledger: Ledger) -> Prepared:
+    """Load segments and data for a run, and set the ledger's policy.
+
+    Args:
+        config: The agent's configuration.
+        run: The run's.
+        folder: The base model, or this agent's side of it.
+        ledger: Where releases will be charged.
+
+    Raises:
+        WeightsError: If the base model cannot be loaded.
+        DataError: If the data cannot be used.
+        ConfigError: If the adapter's targets are not in the model.
+    """
+    config_sha256 = canonical_config(folder)
+    bottom, top = open_bottom_and_top(folder, run.model, run.lora, seed=run.run.seed)
+    names = segment_tensor_names(folder, bottom_blocks=run.model.bottom_blocks, top_blocks=run.model.top_blocks)
+    tokenizer = open_tokenizer(folder)
+    train, held_out = load_examples(
+        config.data, tokenizer, max_tokens=run.training.max_tokens, record_hash=ledger.record_hash
+    )
+    _log.info("%d examples to train on, %d held out", len(train), len(held_out))
+    trainer = ClientTrainer(
+        bottom,
+        top,
+        run.training,
+        open_gate(config.privacy, ledger, run.run.name),
+        client=config.agent.name,
+        seed=run.run.seed,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+    )
+    ledger.set_policy(
+        coupled=trainer.is_training, delta=config.privacy.delta, epsilon_budget=config.privacy.epsilon_budget
+    )
+    return Prepared(
+        run=run,
+        trainer=trainer,
+        train=train,
+        held_out=held_out,
+        blocks=range(bottom.blocks.stop, top.blocks.start),
+        config_sha256=config_sha256,
+        tensors=tensor_hashes(folder, names["bottom"] | names["top"]),
+        aggregation_weight=config.privacy.aggregation_weight,
+    )

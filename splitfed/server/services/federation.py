@@ -1,0 +1,90 @@
+"""Rounds, and the adapters of bottom and top."""
+
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+from splitfed.compress import get_codec
+from splitfed.errors import ProtocolError, RoundLost
+from splitfed.federation import Phase
+from splitfed.proto.v1 import federation_pb2, federation_pb2_grpc
+from splitfed.server.coordinator import Contribution, Coordinator
+from splitfed.server.services.identity import Identity
+from splitfed.transport.adapters import IncomingAdapter, adapter_messages
+from splitfed.transport.link import FRAMING_BYTES
+
+
+class FederationService(federation_pb2_grpc.FederationServicer):
+    """Rounds, and the adapters of bottom and top."""
+
+    def __init__(self, coordinator: Coordinator, identity: Identity) -> None:
+        self._coordinator = coordinator
+        self._identity = identity
+        self._codec = get_codec(coordinator.config.codecs.adapter)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in coordinator.ends.items()}
+
+    async def Watch(
+        self, request: federation_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[federation_pb2.RoundEvent]:
+        """Stream the run's events to a member."""
+        self._check(context, request)
+        rounds = self._coordinator.rounds
+        async for phase, round, is_submitted in self._coordinator.watch(request.client):
+            if phase is Phase.FINISHED:
+                yield federation_pb2.RoundEvent(run_finished=federation_pb2.RunFinished(rounds=rounds.rounds))
+            elif self._coordinator.is_draining:
+                yield federation_pb2.RoundEvent(draining=federation_pb2.Draining())
+            elif phase is Phase.WAITING:
+                waiting = federation_pb2.Waiting(agents=rounds.agents, joined=rounds.joined)
+                yield federation_pb2.RoundEvent(waiting=waiting)
+            else:
+                yield federation_pb2.RoundEvent(
+                    round_opened=federation_pb2.RoundOpened(
+                        round=round, rounds=rounds.rounds, is_submitted=is_submitted
+                    )
+                )
+
+    async def FetchAdapter(
+        self, request: federation_pb2.FetchAdapterRequest, context: Any
+    ) -> AsyncIterator[federation_pb2.AdapterChunk]:
+        """Stream the adapters that a round starts from."""
+        self._check(context, request)
+        if request.round != self._coordinator.rounds.current:
+            raise RoundLost(f"Round {request.round} is over; the run is at round {self._coordinator.rounds.current}.")
+        self._coordinator.note_progress(request.client)
+        header = federation_pb2.AdapterHeader(run_id=request.run_id, client=request.client, round=request.round)
+        for message in adapter_messages(header, self._coordinator.ends, self._codec):
+            self._coordinator.count_bytes(request.client, down=message.ByteSize() + FRAMING_BYTES)
+            yield message
+
+    async def SubmitAdapter(
+        self, request_iterator: AsyncIterator[federation_pb2.AdapterChunk], context: Any
+    ) -> federation_pb2.SubmitReply:
+        """Take a client's update."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("body") != "header":
+            raise ProtocolError("An update starts with its header.")
+        header = first.header
+        self._check(context, header)
+        incoming = IncomingAdapter(self._shapes, self._codec)
+        received_bytes = first.ByteSize() + FRAMING_BYTES
+        async for message in request_iterator:
+            received_bytes += message.ByteSize() + FRAMING_BYTES
+            incoming.add(message)
+            self._coordinator.note_progress(header.client)
+        self._coordinator.count_bytes(header.client, up=received_bytes)
+        contribution = Contribution(
+            tokens=header.tokens,
+            training_loss=_finite(header.training_loss) if header.HasField("training_loss") else None,
+            held_out_loss=_finite(header.held_out_loss) if header.HasField("held_out_loss") else None,
+        )
+        is_new = await self._coordinator.submit(header.client, header.round, incoming.state(), contribution)
+        return federation_pb2.SubmitReply(is_new=is_new)
+
+    def _check(self, context: Any, request: Any) -> None:
+        self._identity.check(context, request.client, request.run_id)
+        self._coordinator.check_member(request.client, request.agent_id)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
