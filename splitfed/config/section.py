@@ -57,7 +57,10 @@ def server_address(value: str) -> str:
     return value
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
+NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"
+"""A name that is also a file name on every system."""
+
+Name = Annotated[str, Field(pattern=NAME)]
 LocalPath = Annotated[Path, Field(strict=False), AfterValidator(beside_file)]
 Base = Annotated[str, Field(min_length=1), AfterValidator(base_beside_file)]
 ListeningAddress = Annotated[str, AfterValidator(listening_address)]

@@ -1,10 +1,12 @@
 """Who calls, and whether it means this run."""
 
+import re
 from typing import Any
 
+from splitfed.config.section import NAME
 from splitfed.errors import JoinRefused, ProtocolError
 
-_MOST_NAME_CHARACTERS = 64
+_NAME = re.compile(NAME)
 
 
 class Identity:
@@ -26,8 +28,11 @@ class Identity:
             JoinRefused: If the name is not the certificate's.
             ProtocolError: If it is not a name, or the run is another one.
         """
-        if not 0 < len(client) <= _MOST_NAME_CHARACTERS or not client.isprintable():
-            raise ProtocolError("The agent's name is empty or too long; use 1 to 64 letters, digits, dots or dashes.")
+        if not _NAME.fullmatch(client):
+            raise ProtocolError(
+                f"{client[:64]!r} cannot be an agent's name; use 1 to 64 letters, digits, dots, dashes or underscores, "
+                "and no dot at the beginning."
+            )
         if run_id is not None and run_id != self._run_id:
             raise ProtocolError(f"This server serves the run {self._run_id!r}, not {run_id[:64]!r}.")
         if self._is_secure:
