@@ -41,6 +41,7 @@ class Rounds:
     _members: dict[str, _Member] = field(default_factory=dict)
     _submitted: set[str] = field(default_factory=set)
     _is_open: bool = False
+    _is_closed: bool = False
 
     @property
     def phase(self) -> Phase:
@@ -118,6 +119,8 @@ class Rounds:
         self.progress(client, now_s)
         if client in self._submitted:
             return False
+        if self._is_closed:
+            raise ValueError(f"Round {round} is closed; {client!r} takes part in the next one.")
         self._submitted.add(client)
         return True
 
@@ -144,22 +147,34 @@ class Rounds:
 
     def is_complete(self) -> bool:
         """Say whether the open round has every update that it waits for, and at least one."""
+        if self._is_closed:
+            return True
         waited_for = {client for client, member in self._members.items() if member.is_here}
         return self.phase is Phase.OPEN and bool(self._submitted) and waited_for <= self._submitted
 
-    def commit(self) -> int:
-        """Close the round.
-
-        Returns:
-            The round that was closed.
+    def close(self) -> None:
+        """Take no more updates: whoever comes back while the round is being written takes part in the next one.
 
         Raises:
             ValueError: If it still waits for someone.
         """
         if not self.is_complete():
             raise ValueError(f"Round {self.current} still waits for updates.")
+        self._is_closed = True
+
+    def commit(self) -> int:
+        """Open the next round, now that this one is written.
+
+        Returns:
+            The round that is over.
+
+        Raises:
+            ValueError: If it still waits for someone.
+        """
+        self.close()
         self.committed += 1
         self._submitted.clear()
+        self._is_closed = False
         return self.committed
 
     def _all_silent_since(self, now_s: float) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from splitfed.compress import get_codec
 from splitfed.config import ServerConfig
-from splitfed.errors import JoinRefused, ProtocolError, RoundLost
+from splitfed.errors import JoinRefused, ProtocolError, RoundLost, ServerUnreachable
 from splitfed.federation import FixedPointMean, Phase, Rounds
 from splitfed.server.engine import Engine
 from splitfed.server.sessions import Limits, TrainSession
@@ -125,10 +125,11 @@ class Coordinator:
         """Take an agent into the run.
 
         Raises:
-            JoinRefused: If the name belongs to another agent, or the run is full or over.
+            JoinRefused: If the name belongs to another agent, or the run is full.
+            ServerUnreachable: If the server shuts down.
         """
         if self.is_draining:
-            raise JoinRefused("The server is shutting down; join again when it is back.")
+            raise ServerUnreachable("The server is shutting down; come back when it is up again.")
         known = self._agent_ids.get(client)
         if known is not None and known != agent_id.hex():
             raise JoinRefused(f"Another agent is called {client!r} in this run; choose another [agent] name.")
@@ -293,6 +294,7 @@ class Coordinator:
     async def _close_round_if_complete(self) -> None:
         if not self.rounds.is_complete():
             return
+        self.rounds.close()
         mean = self._mean.result()
         state = RunState(
             round=self.rounds.current,
@@ -307,9 +309,10 @@ class Coordinator:
         await asyncio.get_running_loop().run_in_executor(self._worker, self._write, state, metrics)
         self._state = state
         self.rounds.commit()
-        for session in self._sessions.values():
-            await self._engine.empty(session.slot)
+        over = list(self._sessions.values())
         self._begin_round()
+        for session in over:
+            await self._engine.empty(session.slot)
         _log.info("round %d of %d is written (%.1f s)", state.round, self.rounds.rounds, seconds)
 
     def _write(self, state: RunState, metrics: Mapping[str, object]) -> None:

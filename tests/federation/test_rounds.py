@@ -56,6 +56,28 @@ def test_an_update_that_comes_twice_is_counted_once() -> None:
     assert machine.submitted == ["a"]
 
 
+def test_a_member_that_comes_back_while_the_round_is_written_takes_part_in_the_next_one() -> None:
+    machine = open_rounds("a", "b")
+    machine.submit("a", 1, now_s=5)
+    machine.leave_out_silent(11)
+    machine.close()
+    machine.progress("b", 12)
+    with pytest.raises(ValueError, match="Round 1 is closed; 'b' takes part in the next one"):
+        machine.submit("b", 1, now_s=12)
+    assert machine.commit() == 1
+    machine.submit("a", 2, now_s=13)
+    assert not machine.is_complete()
+    machine.submit("b", 2, now_s=14)
+    assert machine.is_complete()
+
+
+def test_a_round_that_waits_for_someone_cannot_be_closed() -> None:
+    machine = open_rounds("a", "b")
+    machine.submit("a", 1, now_s=1)
+    with pytest.raises(ValueError, match="still waits"):
+        machine.close()
+
+
 @pytest.mark.parametrize("round", [0, 2])
 def test_an_update_of_another_round_is_refused(round: int) -> None:
     with pytest.raises(ValueError, match=f"Round {round} is not open"):

@@ -1,0 +1,407 @@
+"""A run's members, rounds and updates, on a clock that the tests hold and an engine without a model."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from splitfed.errors import JoinRefused, ProtocolError, RoundLost, ServerUnreachable
+from splitfed.federation import Phase
+from splitfed.proto.v1 import training_pb2
+from splitfed.server.coordinator import Contribution, Coordinator
+from splitfed.server.sessions import Operation, TrainSession
+from splitfed.server.store import RunState, RunStore
+from tests.server.recording_engine import RecordingEngine
+from tests.service.conftest import server_config
+
+IDS = {name: name.encode() * 16 for name in "abc"}
+TRUNK, ENDS = "model.layers.1.q.lora_B.weight", "model.layers.0.q.lora_B.weight"
+STEPS, TIMEOUT_S = 2, 10.0
+
+
+class Run:
+    """A run of two agents and two rounds, from its start or from a state.
+
+    Attributes:
+        now_s: What the clock says.
+        exported: The adapter of each round, as it was exported.
+        may_write: Rounds are written while this is set.
+        is_writing: Set once a round is being written.
+    """
+
+    def __init__(self, folder: Path, worker: ThreadPoolExecutor, *, agents: int = 2) -> None:
+        self.now_s = 0.0
+        self.exported: dict[int, dict[str, Tensor]] = {}
+        self.may_write, self.is_writing = threading.Event(), threading.Event()
+        self.may_write.set()
+        self.config = server_config(
+            folder,
+            training={"rounds": 2, "local_steps": STEPS},
+            federation={"agents": agents, "agent_timeout_s": TIMEOUT_S},
+        )
+        self.engine = RecordingEngine()
+        self.store = RunStore(folder / "run", {"name": "small"}, resume=True)
+        state = self.store.load() or RunState(0, {TRUNK: torch.zeros(2, 3)}, {ENDS: torch.zeros(3)})
+        self.coordinator = Coordinator(
+            self.config,
+            state,
+            self.engine,
+            self.store,
+            export=self._export,
+            worker=worker,
+            hidden_size=8,
+            clock=lambda: self.now_s,
+        )
+
+    async def join(self, *clients: str, weight: int = 1) -> None:
+        for client in clients:
+            await self.coordinator.join(client, IDS[client], weight)
+
+    async def train(self, client: str, *, steps: int = STEPS) -> TrainSession:
+        """Open a client's session in the current round and run some local steps."""
+        session = await self.coordinator.open_session(client, self.coordinator.rounds.current, b"")
+        for step in range(steps):
+            request = training_pb2.TrainRequest(number=step, step=training_pb2.Step(step=step))
+            await session.answer(Operation(request, session.codecs, session.limits))
+        return session
+
+    async def submit(self, client: str, value: float = 1.0, **contribution: Any) -> bool:
+        round = self.coordinator.rounds.current
+        ends = {ENDS: torch.full((3,), value)}
+        return await self.coordinator.submit(client, round, ends, Contribution(**contribution))
+
+    async def finish_round(self, *clients: str) -> None:
+        for client in clients:
+            await self.train(client)
+        for client in clients:
+            await self.submit(client)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.store.directory / "metrics.jsonl").read_text().splitlines()]
+
+    def _export(self, round: int, state: Mapping[str, Tensor]) -> None:
+        self.is_writing.set()
+        assert self.may_write.wait(20)
+        self.exported[round] = dict(state)
+        self.store.adapter_folder(round).mkdir(parents=True, exist_ok=True)
+
+
+async def watched(run: Run, client: str) -> list[tuple[Phase, int, bool]]:
+    """Watch a run until there is nothing more to see."""
+    return [view async for view in run.coordinator.watch(client)]
+
+
+@pytest.fixture
+def worker() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as worker:
+        yield worker
+
+
+@pytest.fixture
+def run(tmp_path: Path, worker: ThreadPoolExecutor) -> Iterator[Run]:
+    run = Run(tmp_path, worker)
+    yield run
+    run.may_write.set()
+    run.store.close()
+
+
+async def test_a_run_opens_with_the_last_agent_that_it_waits_for(run: Run) -> None:
+    await run.join("a")
+    assert run.coordinator.rounds.phase is Phase.WAITING
+    await run.join("b")
+    assert run.coordinator.rounds.phase is Phase.OPEN
+
+
+async def test_a_name_belongs_to_the_agent_that_took_it(run: Run) -> None:
+    await run.join("a")
+    with pytest.raises(JoinRefused, match="Another agent is called 'a'"):
+        await run.coordinator.join("a", IDS["b"], 1)
+    await run.join("a")
+    assert run.coordinator.rounds.members == ["a"]
+
+
+async def test_a_full_run_takes_no_other_agent_and_says_who_is_in_it(run: Run) -> None:
+    await run.join("a", "b")
+    with pytest.raises(JoinRefused, match=r"2 agents already \(a, b\)"):
+        await run.join("c")
+    with pytest.raises(RoundLost, match="'c' has not joined"):
+        run.coordinator.check_member("c", IDS["c"])
+
+
+async def test_a_call_under_anothers_name_is_refused(run: Run) -> None:
+    await run.join("a")
+    run.coordinator.check_member("a", IDS["a"])
+    with pytest.raises(JoinRefused, match="Another agent is called 'a'"):
+        run.coordinator.check_member("a", IDS["b"])
+    with pytest.raises(RoundLost, match="'b' has not joined"):
+        run.coordinator.check_member("b", IDS["b"])
+
+
+@pytest.mark.parametrize("round", [0, 2])
+async def test_a_session_of_a_round_that_is_not_open_is_refused(run: Run, round: int) -> None:
+    await run.join("a", "b")
+    with pytest.raises(RoundLost, match=rf"Round {round} is not open; the run is at round 1 \(open\)"):
+        await run.coordinator.open_session("a", round, b"")
+
+
+async def test_no_session_opens_while_the_run_waits(run: Run) -> None:
+    await run.join("a")
+    with pytest.raises(RoundLost, match=r"round 1 \(waiting\)"):
+        await run.coordinator.open_session("a", 1, b"")
+
+
+async def test_a_stream_that_broke_finds_its_session(run: Run) -> None:
+    await run.join("a", "b")
+    session = await run.train("a", steps=1)
+    assert await run.coordinator.open_session("a", 1, session.token) is session
+    assert run.coordinator.is_current(session)
+    assert run.engine.steps[session.slot] == 1
+
+
+async def test_a_round_that_is_opened_again_starts_from_its_beginning(run: Run) -> None:
+    await run.join("a", "b")
+    first = await run.train("a", steps=1)
+    second = await run.coordinator.open_session("a", 1, b"")
+    assert not run.coordinator.is_current(first)
+    assert run.coordinator.is_current(second)
+    assert list(run.engine.states) == [second.slot]
+    assert run.engine.steps[second.slot] == 0
+    with pytest.raises(RoundLost, match="does not know this session"):
+        await run.coordinator.open_session("a", 1, first.token)
+
+
+async def test_anothers_token_opens_nothing(run: Run) -> None:
+    await run.join("a", "b")
+    session = await run.train("a")
+    with pytest.raises(RoundLost, match="does not know this session"):
+        await run.coordinator.open_session("b", 1, session.token)
+
+
+async def test_an_update_before_all_local_steps_is_refused_and_not_counted(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a", steps=STEPS - 1)
+    with pytest.raises(ProtocolError, match="after 1 of 2 local steps"):
+        await run.submit("a", 100.0)
+    assert run.coordinator.rounds.submitted == []
+    await run.train("a")
+    await run.train("b")
+    await run.submit("a", 1.0)
+    await run.submit("b", 3.0)
+    assert torch.equal(run.exported[1][ENDS], torch.full((3,), 2.0))
+
+
+async def test_an_update_without_a_session_is_refused(run: Run) -> None:
+    await run.join("a", "b")
+    with pytest.raises(ProtocolError, match="after 0 of 2 local steps"):
+        await run.submit("a")
+
+
+async def test_an_update_that_comes_again_is_not_counted_again(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    await run.train("b")
+    assert await run.submit("a", 1.0)
+    assert not await run.submit("a", 100.0)
+    await run.submit("b", 3.0)
+    assert torch.equal(run.exported[1][ENDS], torch.full((3,), 2.0))
+
+
+async def test_an_update_that_comes_again_after_the_round_is_over_is_lost(run: Run) -> None:
+    await run.join("a", "b")
+    await run.finish_round("a", "b")
+    with pytest.raises(RoundLost, match="Round 1 is not open; the run is at round 2"):
+        await run.coordinator.submit("a", 1, {ENDS: torch.zeros(3)}, Contribution())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+async def test_an_update_that_cannot_be_averaged_is_refused_and_leaves_the_mean_alone(run: Run, value: float) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    await run.train("b")
+    with pytest.raises(ProtocolError, match="update of 'a' cannot be averaged"):
+        await run.submit("a", value)
+    assert run.coordinator.rounds.submitted == []
+    await run.submit("b", 3.0)
+    await run.submit("a", 1.0)
+    assert torch.equal(run.exported[1][ENDS], torch.full((3,), 2.0))
+
+
+async def test_a_client_that_has_submitted_opens_no_further_session(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    await run.submit("a")
+    with pytest.raises(RoundLost, match="update of 'a' for round 1 is already here"):
+        await run.coordinator.open_session("a", 1, b"")
+
+
+async def test_the_next_round_starts_from_the_weighted_mean_and_each_ones_optimiser(run: Run) -> None:
+    await run.join("a", weight=3)
+    await run.join("b", weight=1)
+    await run.train("a")
+    await run.train("b")
+    await run.submit("a", 0.0)
+    await run.submit("b", 4.0)
+    assert run.coordinator.rounds.current == 2
+    assert torch.equal(run.coordinator.ends[ENDS], torch.ones(3))
+    session = await run.train("a")
+    client, round, adapter, optimiser = run.engine.states[session.slot]
+    assert (client, round) == ("a", 2)
+    assert torch.equal(adapter[TRUNK], torch.ones(2, 3))  # each client's copy went from 0 to 1
+    assert torch.equal(optimiser["moment"], torch.tensor([1.0]))
+
+
+async def test_a_round_leaves_a_checkpoint_an_adapter_and_a_line(run: Run) -> None:
+    await run.join("a", weight=3)
+    await run.join("b")
+    await run.train("a")
+    await run.train("b")
+    run.coordinator.count_bytes("a", up=100, down=50)
+    run.now_s = 4.0
+    await run.submit("a", tokens=64, training_loss=2.5)
+    await run.submit("b", tokens=32)
+    (line,) = run.metrics()
+    nothing_told = {"training_loss": None, "held_out_loss": None}
+    assert line == {
+        "round": 1,
+        "rounds": 2,
+        "seconds": 4.0,
+        "agents": {
+            "a": {"weight": 3, "tokens": 64, "bytes_up": 100, "bytes_down": 50, **nothing_told, "training_loss": 2.5},
+            "b": {"weight": 1, "tokens": 32, "bytes_up": 0, "bytes_down": 0, **nothing_told},
+        },
+        "adapter": "adapters/round-0001",
+    }
+    saved = run.store.load()
+    assert saved is not None
+    assert (saved.round, saved.weights) == (1, {"a": 3, "b": 1})
+    assert saved.agent_ids == {name: IDS[name].hex() for name in "ab"}
+    assert run.store.final_adapter.is_dir()
+    assert run.engine.states == {}
+
+
+async def test_a_resumed_run_goes_on_with_its_members_and_no_other(
+    run: Run, tmp_path: Path, worker: ThreadPoolExecutor
+) -> None:
+    await run.join("a", "b")
+    await run.finish_round("a", "b")
+    run.store.close()
+    resumed = Run(tmp_path, worker)
+    assert resumed.coordinator.rounds.current == 2
+    with pytest.raises(JoinRefused, match="Another agent is called 'a'"):
+        await resumed.coordinator.join("a", IDS["c"], 1)
+    with pytest.raises(JoinRefused, match="agents already"):
+        await resumed.join("c")
+    await resumed.join("a", "b")
+    await resumed.finish_round("a", "b")
+    assert resumed.coordinator.rounds.phase is Phase.FINISHED
+    resumed.store.close()
+
+
+async def test_a_round_goes_on_without_a_silent_member(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    run.now_s = TIMEOUT_S
+    await run.submit("a")
+    await run.coordinator.tick()
+    assert run.coordinator.rounds.current == 1
+    run.now_s = TIMEOUT_S + 0.1
+    await run.coordinator.tick()
+    assert run.coordinator.rounds.current == 2
+    assert list(run.metrics()[0]["agents"]) == ["a"]
+
+
+async def test_every_request_keeps_a_member_in_the_round(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    await run.submit("a")
+    session = await run.coordinator.open_session("b", 1, b"")
+    for step in range(STEPS):
+        run.now_s += TIMEOUT_S
+        request = training_pb2.TrainRequest(number=step, step=training_pb2.Step(step=step))
+        await session.answer(Operation(request, session.codecs, session.limits))
+        await run.coordinator.tick()
+    assert run.coordinator.rounds.current == 1
+    await run.submit("b")
+    assert run.coordinator.rounds.current == 2
+
+
+async def test_a_member_that_comes_back_while_the_round_is_written_joins_the_next_one(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    run.may_write.clear()
+    await run.submit("a")
+    run.now_s = TIMEOUT_S + 1
+    ticking = asyncio.create_task(run.coordinator.tick())
+    assert await asyncio.to_thread(run.is_writing.wait, 20)
+    await run.join("b")
+    run.coordinator.note_progress("b")
+    run.may_write.set()
+    await asyncio.wait_for(ticking, 20)
+    assert run.coordinator.rounds.current == 2
+    await run.finish_round("a")
+    assert run.coordinator.rounds.current == 2
+    await run.finish_round("b")
+    assert run.coordinator.rounds.phase is Phase.FINISHED
+
+
+async def test_a_session_that_opens_while_the_last_round_is_cleared_away_is_kept(run: Run) -> None:
+    opened: list[TrainSession] = []
+    empty = run.engine.empty
+
+    async def open_meanwhile(slot: str) -> None:
+        if not opened:
+            opened.append(await run.coordinator.open_session("a", 2, b""))
+        await empty(slot)
+
+    await run.join("a", "b")
+    run.engine.empty = open_meanwhile  # type: ignore[method-assign]
+    await run.finish_round("a", "b")
+    assert run.coordinator.is_current(opened[0])
+    assert list(run.engine.states) == [opened[0].slot]
+
+
+async def test_a_watcher_sees_where_the_run_stands_after_every_change(run: Run) -> None:
+    await run.join("a")
+    watcher = run.coordinator.watch("a")
+    assert await anext(watcher) == (Phase.WAITING, 1, False)
+    await run.join("b")
+    assert await anext(watcher) == (Phase.OPEN, 1, False)
+    await run.train("a")
+    await run.submit("a")
+    assert await anext(watcher) == (Phase.OPEN, 1, True)
+    await run.finish_round("b")
+    assert await anext(watcher) == (Phase.OPEN, 2, False)
+    await run.finish_round("a", "b")
+    assert (await anext(watcher))[0] is Phase.FINISHED
+    assert [view async for view in watcher] == []
+
+
+async def test_a_run_has_ended_when_every_member_has_heard_of_it(run: Run) -> None:
+    await run.join("a", "b")
+    for _ in range(2):
+        await run.finish_round("a", "b")
+    ending = asyncio.create_task(run.coordinator.wait_for_end())
+    for client in "ab":
+        assert not run.coordinator.has_ended
+        assert [phase for phase, *_ in await watched(run, client)] == [Phase.FINISHED]
+    await asyncio.wait_for(ending, 20)
+    assert run.coordinator.has_ended
+
+
+async def test_draining_takes_no_more_work_and_asks_to_come_back(run: Run) -> None:
+    await run.join("a", "b")
+    watching = asyncio.create_task(watched(run, "a"))
+    session = await run.train("a")
+    await run.coordinator.drain()
+    assert [phase for phase, *_ in await asyncio.wait_for(watching, 20)][-1] is Phase.OPEN
+    with pytest.raises(RoundLost):
+        await run.coordinator.open_session("a", 1, session.token)
+    with pytest.raises(ServerUnreachable, match="shutting down; come back"):
+        await run.join("b")
