@@ -18,12 +18,20 @@ _LONGEST_CHARACTERS = 600
 
 
 def passages() -> list[str]:
-    """Cut the language reference into passages of a few paragraphs, in its own order."""
+    """Cut the language reference into passages of a few paragraphs, in its own order.
+
+    Topics overlap, and some are the same under several names: each paragraph is taken once, so that nothing that is
+    held out is trained on elsewhere.
+    """
     found: list[str] = []
+    seen: set[str] = set()
     for name in sorted(topics):
         passage = ""
-        for paragraph in re.split(r"\n\s*\n", topics[name]):
-            passage = f"{passage}\n\n{paragraph.strip()}".strip()
+        for paragraph in map(str.strip, re.split(r"\n\s*\n", topics[name])):
+            if paragraph in seen:
+                continue
+            seen.add(paragraph)
+            passage = f"{passage}\n\n{paragraph}".strip()
             if len(passage) >= _LONGEST_CHARACTERS:
                 found.append(passage)
                 passage = ""
