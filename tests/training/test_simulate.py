@@ -62,11 +62,10 @@ def test_a_round_is_the_mean_of_the_clients_own_rounds_by_examples(run: Any) -> 
 
 
 def test_the_next_round_starts_from_the_mean_and_each_client_keeps_its_optimiser(run: Any) -> None:
-    """Two clients with one and the same text: the second round of both is that of a single client."""
+    """Two clients with one and the same text, in two rounds, are one client with it in one round of as many steps."""
     one_text = examples(9)
-    two_rounds = TRAINING.model_copy(update={"rounds": 2})
-    alone, _ = run({"a": one_text}, training=two_rounds)
-    together, _ = run({"a": one_text, "b": one_text}, training=two_rounds)
+    alone, _ = run({"a": one_text}, training=TRAINING.model_copy(update={"local_steps": 6}))
+    together, _ = run({"a": one_text, "b": one_text}, training=TRAINING.model_copy(update={"rounds": 2}))
     assert together.losses["a"] == together.losses["b"]
     assert together.losses["a"] == pytest.approx(alone.losses["a"], rel=1e-6)
     assert alone.losses["a"][-1] < alone.losses["a"][0]
