@@ -1,8 +1,9 @@
-"""The main job on real text: three agents fine-tune a pretrained Llama of 260 thousand parameters on E2E NLG, over gRPC.
+"""The main job on real text: three agents fine-tune a Llama of 260 thousand parameters on E2E NLG, over gRPC.
 
 The meaning representation is the prompt, the reference the completion, which alone carries loss. Beside it runs central
-LoRA with stock transformers + PEFT: rank 8 on all linear layers, the same learning rate, batch and number of steps. Held-out
-loss is measured on dev.csv with stock libraries. Needs the model and the data beside the repository, in shared/.
+LoRA with stock transformers + PEFT: rank 8 on all linear layers, the same learning rate, batch and number of steps.
+Held-out loss is measured on dev.csv with stock libraries. Needs the model and the data beside the repository, in
+shared/.
 """
 
 import argparse
