@@ -193,12 +193,13 @@ class Agent:
         held_out_loss: float | None,
         traffic: Traffic,
     ) -> None:
-        """Charge the adapter update, then send it."""
-        if prepared.trainer.is_training:
-            self._ledger.charge(
-                "adapter", noise_multiplier=0, records=[], sequences=1, run=prepared.run_id, round=round, step=0
-            )
+        """Charge what leaves unprotected, then send it."""
         shares = self._config.agent.share_loss
+        for channel, leaves in (("adapter", prepared.trainer.is_training), ("loss", shares)):
+            if leaves:
+                self._ledger.charge(
+                    channel, noise_multiplier=0, records=[], sequences=1, run=prepared.run_id, round=round, step=0
+                )
         report = RoundReport(local.sent_tokens, local.loss if shares else None, held_out_loss if shares else None)
         state = prepared.trainer.adapter_state()
         codec = get_codec(prepared.run.codecs.adapter)
@@ -217,7 +218,7 @@ class Agent:
         """Load segments and data for a run, once."""
         if self._prepared is None:
             self._prepared = prepare(self._config, run, self._base_folder(run, calls), self._ledger)
-            self._progress.policy(self._config.privacy, is_training=self._prepared.trainer.is_training)
+            self._progress.policy(self._prepared.privacy, is_training=self._prepared.trainer.is_training)
         if self._prepared.run != run:
             raise JoinRefused(
                 f"The server at {self._config.agent.server} now serves another configuration; start this agent again."

@@ -5,9 +5,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitfed.agent.gate import open_gate
+from splitfed.agent.gate import open_gate, settle
 from splitfed.agent.tokenizer import open_tokenizer
-from splitfed.config import AgentConfig, RunConfig
+from splitfed.config import AgentConfig, PrivacySection, RunConfig
 from splitfed.models import TensorIdentity, canonical_config, segment_tensor_names, tensor_hashes
 from splitfed.privacy import Ledger
 from splitfed.training.client_step import ClientTrainer
@@ -29,7 +29,7 @@ class Prepared:
         blocks: Blocks of the trunk.
         config_sha256: Hash of the base model's configuration.
         tensors: Identity of each tensor of the agent's segments.
-        aggregation_weight: The owner's weight in every mean, if one is configured.
+        privacy: The owner's policy, settled.
     """
 
     run: RunConfig
@@ -39,7 +39,7 @@ class Prepared:
     blocks: range
     config_sha256: str
     tensors: dict[str, TensorIdentity]
-    aggregation_weight: int | None
+    privacy: PrivacySection
 
     @property
     def run_id(self) -> str:
@@ -54,8 +54,8 @@ class Prepared:
     @property
     def weight(self) -> int:
         """The agent's weight in every mean: with noise on a configured count, because the true one says something."""
-        if self.aggregation_weight is not None:
-            return self.aggregation_weight
+        if self.privacy.aggregation_weight is not None:
+            return self.privacy.aggregation_weight
         return 1 if self.trainer.releases.is_noisy else len(self.train)
 
 
@@ -81,11 +81,12 @@ def prepare(config: AgentConfig, run: RunConfig, folder: Path, ledger: Ledger) -
         config.data, tokenizer, max_tokens=run.training.max_tokens, record_hash=ledger.record_hash
     )
     _log.info("%d examples to train on, %d held out", len(train), len(held_out))
+    privacy = settle(config.privacy, bottom)
     trainer = ClientTrainer(
         bottom,
         top,
         run.training,
-        open_gate(config.privacy, ledger, run.run.name),
+        open_gate(privacy, ledger, run.run.name),
         client=config.agent.name,
         seed=run.run.seed,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
@@ -101,5 +102,5 @@ def prepare(config: AgentConfig, run: RunConfig, folder: Path, ledger: Ledger) -
         blocks=range(bottom.blocks.stop, top.blocks.start),
         config_sha256=config_sha256,
         tensors=tensor_hashes(folder, names["bottom"] | names["top"]),
-        aggregation_weight=config.privacy.aggregation_weight,
+        privacy=privacy,
     )

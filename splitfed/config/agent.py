@@ -94,10 +94,10 @@ class DataSection(Section):
 class PrivacySection(Section):
     """The agent's own policy, which outranks the run's. Noise is on unless it is set to 0."""
 
-    noise_multiplier: Annotated[float, Field(ge=0)] = 0.02
+    noise_multiplier: Annotated[float, Field(ge=0)] = 0.002
     """Standard deviation of the noise ÷ sensitivity, for each release; 0 = nothing is guaranteed."""
-    clipping_norm_smashed: ClippingNorm = 4.0
-    """Largest L2 norm of one token's smashed data; longer ones are scaled down."""
+    clipping_norm_smashed: ClippingNorm | None = None
+    """Largest L2 norm of a token's smashed data; longer ones are scaled down; left out = what is usual in the model."""
     clipping_norm_output_gradient: ClippingNorm = 0.01
     """Largest L2 norm of one token's output gradient; longer ones are scaled down."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5

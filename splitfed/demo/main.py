@@ -68,11 +68,6 @@ threads = 1
 
 [data]
 path = "data/{name}.jsonl"
-
-[privacy]
-noise_multiplier = 0.005
-clipping_norm_smashed = 8.0
-clipping_norm_output_gradient = 0.01
 """
 
 

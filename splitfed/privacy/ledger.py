@@ -90,7 +90,7 @@ class Ledger:
         """Put a charge on disk; the release may leave when this has returned.
 
         Args:
-            channel: What leaves: "smashed", "output_gradient" or "adapter".
+            channel: What leaves: "smashed", "output_gradient", "adapter" or "loss".
             noise_multiplier: Standard deviation of its noise ÷ sensitivity; 0 = unprotected.
             records: The record of each sequence.
             sequences: Releases: each sequence is one. An adapter update is one.

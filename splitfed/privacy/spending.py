@@ -8,15 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from splitfed.privacy.accounting import MAX_SQUARED_SIGNAL, epsilon, squared_signal
 
-Channel = Literal["smashed", "output_gradient", "adapter"]
+Channel = Literal["smashed", "output_gradient", "adapter", "loss"]
 """What leaves the device and carries information."""
 
-CHANNELS: Final[tuple[Channel, ...]] = ("smashed", "output_gradient", "adapter")
+CHANNELS: Final[tuple[Channel, ...]] = ("smashed", "output_gradient", "adapter", "loss")
 
 _WORDS: Final[dict[Channel, str]] = {
     "smashed": "the smashed data",
     "output_gradient": "the output gradient",
     "adapter": "the adapter update",
+    "loss": "the shared loss",
 }
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitfed.agent.gate import open_gate
+from splitfed.agent.gate import open_gate, settle
 from splitfed.config import PrivacySection
+from splitfed.errors import WeightsError
+from splitfed.models import Bottom, partition
 from splitfed.privacy import Ledger, read_ledger
 from splitfed.training.link import Place
+from tests.equivalence.tiny_models import VOCABULARY, tiny_model
 
 B, T, D = 3, 10, 64
 
@@ -21,9 +24,14 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield ledger
 
 
+@pytest.fixture
+def bottom() -> Bottom:
+    return partition(tiny_model("llama"), bottom_blocks=1, top_blocks=1).bottom
+
+
 def test_noise_is_on_unless_the_owner_turns_it_off(ledger: Ledger) -> None:
-    assert open_gate(PrivacySection(), ledger, "r").is_noisy is True
-    assert open_gate(PrivacySection(noise_multiplier=0), ledger, "r").is_noisy is False
+    assert open_gate(PrivacySection(clipping_norm_smashed=4.0), ledger, "r").is_noisy is True
+    assert open_gate(PrivacySection(noise_multiplier=0, clipping_norm_smashed=4.0), ledger, "r").is_noisy is False
 
 
 def test_each_channel_has_its_own_clip_and_noise_to_match(ledger: Ledger) -> None:
@@ -52,9 +60,34 @@ def test_each_channel_has_its_own_clip_and_noise_to_match(ledger: Ledger) -> Non
 
 
 def test_without_noise_everything_passes_as_it_is_and_nothing_is_guaranteed(ledger: Ledger) -> None:
-    gate = open_gate(PrivacySection(noise_multiplier=0), ledger, "r")
+    gate = open_gate(PrivacySection(noise_multiplier=0, clipping_norm_smashed=4.0), ledger, "r")
     x_BTD = 100 * torch.randn(B, T, D)
     assert torch.equal(gate.smashed(x_BTD, records=["x"] * B, round=1, place=Place(0, 0)), x_BTD)
     assert torch.equal(gate.output_gradient(x_BTD, records=["x"] * B, round=1, place=Place(0, 0)), x_BTD)
     assert ledger.spent("smashed") is None
     assert ledger.spent("output_gradient") is None
+
+
+def test_the_owner_s_clip_is_kept(bottom: Bottom) -> None:
+    policy = PrivacySection(clipping_norm_smashed=3.0)
+    assert settle(policy, bottom) == policy
+
+
+def test_a_clip_that_is_left_out_is_usual_in_the_model_and_always_the_same(bottom: Bottom) -> None:
+    settled = settle(PrivacySection(), bottom)
+    torch.manual_seed(1)
+    assert settle(PrivacySection(), bottom) == settled
+    norm = settled.clipping_norm_smashed
+    assert norm is not None
+    norms_BT = bottom(torch.randint(VOCABULARY, (64, 16))).norm(dim=-1)
+    assert 0.3 < (norms_BT < norm).float().mean().item() < 0.7
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_bottom_whose_output_has_no_norm_is_refused(bottom: Bottom, value: float) -> None:
+    with torch.no_grad():
+        bottom.model.get_input_embeddings().weight.fill_(value)
+        for parameter in bottom.model.base_model.layers.parameters():
+            parameter.zero_()
+    with pytest.raises(WeightsError, match="norm"):
+        settle(PrivacySection(), bottom)

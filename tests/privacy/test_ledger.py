@@ -317,7 +317,7 @@ def test_a_charge_with_a_wrong_argument_writes_nothing(path):
     with Ledger(path) as ledger:
         before = path.read_bytes()
         with pytest.raises(ValueError, match="channel"):
-            charge(ledger, channel="loss")
+            charge(ledger, channel="weights")
         with pytest.raises(ValueError, match="noise_multiplier"):
             charge(ledger, z=-1.0)
         assert path.read_bytes() == before

@@ -58,10 +58,11 @@ def test_the_end_is_what_the_ledger_itself_says(ledger_path):
             "smashed": ledger.spent("smashed", DELTA),
             "output_gradient": ledger.spent("output_gradient", DELTA),
             "adapter": None,
+            "loss": 0.0,
         }
         assert report.total == ledger.total_statement()
         assert report == report_ledger(ledger_path, delta=DELTA)  # while it is held
-    assert report.releases == {"smashed": 21, "output_gradient": 18, "adapter": 3}
+    assert report.releases == {"smashed": 21, "output_gradient": 18, "adapter": 3, "loss": 0}
 
 
 def test_the_table_has_a_cell_for_each_heading(ledger_path):

@@ -112,7 +112,7 @@ def test_an_unfinished_end_is_not_counted(torn):
         [row(1)],
         [HEADER, HEADER],
         [HEADER, row(1).model_copy(update={"noise_multiplier": -1.0})],
-        [HEADER, row(1).model_copy(update={"channel": "loss"})],
+        [HEADER, row(1).model_copy(update={"channel": "weights"})],
         [HEADER.model_copy(update={"splitfed_ledger": 2})],
         [HEADER.model_copy(update={"unit": "token"})],
     ],

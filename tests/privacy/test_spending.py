@@ -99,8 +99,8 @@ def test_one_release_without_noise_leaves_nothing_guaranteed_for_good(coupled):
 
 
 def test_an_unknown_channel_is_refused():
-    with pytest.raises(ValueError, match="no channel 'loss'; choose one of smashed, output_gradient, adapter"):
-        Spending().epsilon("loss", 1e-5)
+    with pytest.raises(ValueError, match="no channel 'weights'; choose one of smashed, output_gradient, adapter, loss"):
+        Spending().epsilon("weights", 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_an_unknown_channel_is_refused():
     [
         (["adapter"], "none: the adapter update is not protected"),
         (["adapter", "smashed"], "none: the smashed data and the adapter update are not protected"),
-        (CHANNELS, "none: the smashed data, the output gradient and the adapter update are not protected"),
+        (CHANNELS[:3], "none: the smashed data, the output gradient and the adapter update are not protected"),
     ],
 )
 def test_the_total_names_what_is_not_protected(unprotected, statement):
@@ -123,7 +123,7 @@ def test_no_total_is_claimed_over_channels_that_are_all_protected():
 @pytest.mark.parametrize(
     "change",
     [
-        {"channel": "loss"},
+        {"channel": "weights"},
         {"noise_multiplier": -1.0},
         {"noise_multiplier": float("nan")},
         {"noise_multiplier": float("inf")},

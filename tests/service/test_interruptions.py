@@ -143,6 +143,20 @@ def test_a_resend_is_the_same_release_and_is_charged_once(tmp_path: Path) -> Non
     }
 
 
+def test_a_loss_that_is_shared_reaches_the_server_and_the_ledger(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    write_texts(folder / "a.jsonl", "a", 6)
+    config = server_config(folder, training={"rounds": 1})
+    with serving(config) as server:
+        run_agent_here(agent_config(folder, "a", server.address, folder / "a.jsonl", share_loss=True))
+    own = json.loads((folder / "a" / "metrics.jsonl").read_text())
+    line = json.loads((config.run.directory / "metrics.jsonl").read_text())
+    assert line["agents"]["a"]["training_loss"] == own["training_loss"]
+    assert released(folder / "a" / "ledger.jsonl")["loss"] == 1
+    assert "the shared loss" in own["total"]
+
+
 def released(ledger: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for charge in read_ledger(ledger).rows:
