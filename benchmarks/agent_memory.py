@@ -48,7 +48,7 @@ def main() -> None:
             base = folder / "base"
             code = "import sys, torch; from shapes import *; write_model(Path(sys.argv[1]), llama_1b(), torch.bfloat16)"
             subprocess.run([sys.executable, "-c", code, str(base)], check=True, cwd=Path(__file__).parent)
-        data = write_words(folder / "data.jsonl", rows=16, tokens=TOKENS, vocabulary=128256)
+        data = write_words(folder / "data.jsonl", rows=16, tokens=TOKENS - 1, vocabulary=128256)
         bare = subprocess.run([sys.executable, "-c", BARE], check=True, capture_output=True, text=True).stdout
         with Daemons(folder / "run") as daemons:
             address = daemons.serve(

@@ -74,7 +74,7 @@ def central(examples: Sequence[Example], dev: Sequence[Example], steps: int, eve
     optimiser = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
     )
-    scheduler = get_scheduler("linear", optimiser, num_warmup_steps=0, num_training_steps=steps)
+    scheduler = get_scheduler("constant", optimiser, num_warmup_steps=0, num_training_steps=steps)
     for step in range(steps):
         model.train()
         chosen = step_examples(
@@ -106,6 +106,7 @@ def split(
                     "batch_size": BATCH,
                     "max_tokens": MAX_TOKENS,
                     "learning_rate": LEARNING_RATE,
+                    "schedule": "constant",
                 },
                 "federation": {"agents": len(files)},
                 "codecs": dict.fromkeys(directions, codec),

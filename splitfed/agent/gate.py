@@ -35,9 +35,7 @@ def settle(privacy: PrivacySection, bottom: Bottom) -> PrivacySection:
     with torch.no_grad():
         norm = bottom(tokens_BT).float().norm(dim=-1).median().item()
     if not 0 < norm < math.inf:
-        raise WeightsError(
-            f"The base model's bottom gives vectors of norm {norm}; fetch the base model again."
-        )
+        raise WeightsError(f"The base model's bottom gives vectors of norm {norm}; fetch the base model again.")
     return privacy.model_copy(update={"clipping_norm_smashed": float(f"{norm:.3g}")})
 
 

@@ -117,9 +117,9 @@ class Agent:
     def _run_round(self, calls: ServerCalls, prepared: Prepared, round: int) -> None:
         """Train a round from its beginning and send what came of it."""
         started_s = self._clock()
-        traffic = Traffic()
+        traffic, adapter_traffic = Traffic(), Traffic()
         trainer, training = prepared.trainer, prepared.run.training
-        self._start_from(calls, prepared, round, traffic)
+        self._start_from(calls, prepared, round, adapter_traffic)
         with self._open_link(calls, prepared, round, traffic) as link:
             local = train_locally(
                 link,
@@ -132,7 +132,7 @@ class Agent:
             )
             held_out_loss = evaluate_locally(link, prepared, round=round)
         self._state.keep_optimiser(prepared.run_key, round, trainer.optimiser.state())
-        self._submit(calls, prepared, round, local, held_out_loss, traffic)
+        self._submit(calls, prepared, round, local, held_out_loss, adapter_traffic)
         delta = self._config.privacy.delta
         line = {
             "round": round,
@@ -146,8 +146,10 @@ class Agent:
             "unit": UNIT,
             "relation": RELATION,
             "tokens": local.sent_tokens,
-            "bytes_up": traffic.sent_bytes,
-            "bytes_down": traffic.received_bytes,
+            "bytes_up": traffic.sent_bytes + adapter_traffic.sent_bytes,
+            "bytes_down": traffic.received_bytes + adapter_traffic.received_bytes,
+            "adapter_bytes_up": adapter_traffic.sent_bytes,
+            "adapter_bytes_down": adapter_traffic.received_bytes,
             "seconds": self._clock() - started_s,
         }
         self._state.write_metrics(prepared.run_id, line)
