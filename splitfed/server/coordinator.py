@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from splitfed.compress import get_codec
 from splitfed.config import ServerConfig
-from splitfed.errors import JoinRefused, ProtocolError, RoundLost, ServerUnreachable
+from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
 from splitfed.federation import FixedPointMean, Phase, Rounds
 from splitfed.server.engine import Engine
 from splitfed.server.sessions import Limits, TrainSession
@@ -231,6 +232,7 @@ class Coordinator:
 
         Raises:
             RoundLost: If that round is not open.
+            ServerUnreachable: If the round cannot be written; the server ends then.
             ProtocolError: If the client has not run all local steps, or its numbers cannot be averaged.
         """
         async with self._closing:
@@ -257,12 +259,19 @@ class Coordinator:
                 contribution, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down
             )
             _log.info("round %d: %s submitted", round, client)
-            await self._close_round_if_complete()
+            try:
+                await self._close_round_if_complete()
+            except RunDirectoryError as error:  # the next tick meets it too, and ends the server
+                raise ServerUnreachable("The server cannot write the round; come back when it is up again.") from error
         await self._tell()
         return True
 
     async def tick(self) -> None:
-        """Look at the clock: leave out members that were silent for too long."""
+        """Look at the clock: leave out members that were silent for too long.
+
+        Raises:
+            RunDirectoryError: If a round cannot be written.
+        """
         async with self._closing:
             for client in self.rounds.leave_out_silent(self._clock()):
                 _log.warning(
@@ -317,10 +326,16 @@ class Coordinator:
 
     def _write(self, state: RunState, metrics: Mapping[str, object]) -> None:
         """Write a round's end; the checkpoint comes last, so a crash before it runs the round again."""
-        self._export(state.round, {**state.trunk, **state.ends})
-        self._store.write_metrics(metrics)
-        self._store.publish(state.round)
-        self._store.save(state)
+        try:
+            self._export(state.round, {**state.trunk, **state.ends})
+            self._store.write_metrics(metrics)
+            self._store.publish(state.round)
+            self._store.save(state)
+        except (OSError, SafetensorError) as error:
+            raise RunDirectoryError(
+                f"Round {state.round} cannot be written to {self._store.directory} ({error}); make room and start "
+                "the server again with --resume: the round is then run again."
+            ) from error
 
     def _metrics(self, state: RunState, seconds: float) -> dict[str, object]:
         return {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from splitfed.errors import JoinRefused, ProtocolError, RoundLost, ServerUnreachable
+from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
 from splitfed.federation import Phase
 from splitfed.proto.v1 import training_pb2
 from splitfed.server.coordinator import Contribution, Coordinator
@@ -284,6 +284,24 @@ async def test_a_round_leaves_a_checkpoint_an_adapter_and_a_line(run: Run) -> No
     assert saved.agent_ids == {name: IDS[name].hex() for name in "ab"}
     assert run.store.final_adapter.is_dir()
     assert run.engine.states == {}
+
+
+async def test_a_round_that_cannot_be_written_ends_the_server_and_sends_agents_away_for_a_while(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(state: RunState) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.store, "save", full)
+    await run.join("a", "b")
+    for client in "ab":
+        await run.train(client)
+    await run.submit("a")
+    with pytest.raises(ServerUnreachable, match="cannot write the round"):
+        await run.submit("b")
+    with pytest.raises(RunDirectoryError, match=r"No space left on device.*--resume"):
+        await run.coordinator.tick()
+    assert run.store.load() is None
 
 
 async def test_a_resumed_run_goes_on_with_its_members_and_no_other(
