@@ -126,7 +126,7 @@ def test_a_ledger_is_shown_as_the_agent_states_it(ledger_file: Path, capsys: pyt
         assert shown["epsilon"]["smashed"] == ledger.spent("smashed", 1e-5) > 0
         assert shown["epsilon"]["adapter"] is None
         assert shown["total"] == ledger.total_statement()
-    assert shown["releases"] == {"smashed": 4, "output_gradient": 0, "adapter": 1}
+    assert shown["releases"] == {"smashed": 4, "output_gradient": 0, "adapter": 1, "loss": 0}
     assert (shown["delta"], shown["unit"], shown["relation"]) == (1e-5, "sequence", "replace-one")
 
 
