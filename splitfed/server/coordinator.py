@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -15,6 +15,7 @@ from splitfed.compress import get_codec
 from splitfed.config import ServerConfig
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
 from splitfed.federation import FixedPointMean, Phase, Rounds
+from splitfed.server.contribution import Contribution, metrics_line
 from splitfed.server.engine import Engine
 from splitfed.server.sessions import Limits, TrainSession
 from splitfed.server.store import RunState, RunStore
@@ -24,25 +25,6 @@ _log = logging.getLogger(__name__)
 
 _View = tuple[Phase, int, bool, bool]
 """What a member sees: the phase, the round, whether its update is in, whether the server drains."""
-
-
-@dataclass
-class Contribution:
-    """What came with an update, for the metrics.
-
-    Attributes:
-        tokens: Rows that crossed the link in one direction in this round.
-        training_loss: Mean training loss, if the agent's owner shares it.
-        held_out_loss: Held-out loss, if the agent's owner shares it.
-        bytes_up: Bytes that came from this agent in this round.
-        bytes_down: Bytes that went to it.
-    """
-
-    tokens: int = 0
-    training_loss: float | None = None
-    held_out_loss: float | None = None
-    bytes_up: int = 0
-    bytes_down: int = 0
 
 
 class Coordinator:
@@ -314,7 +296,8 @@ class Coordinator:
             agent_ids=self._agent_ids,
         )
         seconds = self._clock() - self._round_started_s
-        metrics = self._metrics(state, seconds)
+        taken = {client: self._contributions[client] for client in self.rounds.submitted}
+        metrics = metrics_line(state, taken, rounds=self.rounds.rounds, seconds=seconds)
         await asyncio.get_running_loop().run_in_executor(self._worker, self._write, state, metrics)
         self._state = state
         self.rounds.commit()
@@ -336,26 +319,6 @@ class Coordinator:
                 f"Round {state.round} cannot be written to {self._store.directory} ({error}); make room and start "
                 "the server again with --resume: the round is then run again."
             ) from error
-
-    def _metrics(self, state: RunState, seconds: float) -> dict[str, object]:
-        return {
-            "round": state.round,
-            "rounds": self.rounds.rounds,
-            "seconds": round(seconds, 3),
-            "agents": {
-                client: {
-                    "weight": state.weights[client],
-                    "tokens": contribution.tokens,
-                    "bytes_up": contribution.bytes_up,
-                    "bytes_down": contribution.bytes_down,
-                    "training_loss": contribution.training_loss,
-                    "held_out_loss": contribution.held_out_loss,
-                }
-                for client, contribution in sorted(self._contributions.items())
-                if self.rounds.has_submitted(client)
-            },
-            "adapter": f"adapters/round-{state.round:04d}",
-        }
 
     async def _next_view(self, client: str, seen: _View | None) -> _View:
         async with self._changed:

@@ -15,7 +15,8 @@ from torch import Tensor
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
 from splitfed.federation import Phase
 from splitfed.proto.v1 import training_pb2
-from splitfed.server.coordinator import Contribution, Coordinator
+from splitfed.server.contribution import Contribution
+from splitfed.server.coordinator import Coordinator
 from splitfed.server.sessions import Operation, TrainSession
 from splitfed.server.store import RunState, RunStore
 from tests.server.recording_engine import RecordingEngine

@@ -8,7 +8,8 @@ from splitfed.compress import get_codec
 from splitfed.errors import ProtocolError, RoundLost
 from splitfed.federation import Phase
 from splitfed.proto.v1 import federation_pb2, federation_pb2_grpc
-from splitfed.server.coordinator import Contribution, Coordinator
+from splitfed.server.contribution import Contribution
+from splitfed.server.coordinator import Coordinator
 from splitfed.server.services.identity import Identity
 from splitfed.transport.adapters import IncomingAdapter, adapter_messages
 from splitfed.transport.link import FRAMING_BYTES

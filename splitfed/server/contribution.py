@@ -1,0 +1,55 @@
+"""What came with an update, and a round's line of figures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from splitfed.server.store import RunState
+
+
+@dataclass
+class Contribution:
+    """What came with an update, for the metrics.
+
+    Attributes:
+        tokens: Rows that crossed the link in one direction in this round.
+        training_loss: Mean training loss, if the agent's owner shares it.
+        held_out_loss: Held-out loss, if the agent's owner shares it.
+        bytes_up: Bytes that came from this agent in this round.
+        bytes_down: Bytes that went to it.
+    """
+
+    tokens: int = 0
+    training_loss: float | None = None
+    held_out_loss: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def metrics_line(
+    state: RunState, contributions: Mapping[str, Contribution], *, rounds: int, seconds: float
+) -> dict[str, object]:
+    """Give the line that ``metrics.jsonl`` gets at a round's end.
+
+    Args:
+        state: The state at the round's end.
+        contributions: Of each client whose update is in it.
+        rounds: Rounds of the run.
+        seconds: What the round took.
+    """
+    return {
+        "round": state.round,
+        "rounds": rounds,
+        "seconds": round(seconds, 3),
+        "agents": {
+            client: {
+                "weight": state.weights[client],
+                "tokens": contribution.tokens,
+                "bytes_up": contribution.bytes_up,
+                "bytes_down": contribution.bytes_down,
+                "training_loss": contribution.training_loss,
+                "held_out_loss": contribution.held_out_loss,
+            }
+            for client, contribution in sorted(contributions.items())
+        },
+        "adapter": f"adapters/round-{state.round:04d}",
+    }
