@@ -114,12 +114,10 @@ class Opened(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., next_number: _Optional[int] = ...) -> None: ...
 
 class TrunkOutput(_message.Message):
-    __slots__ = ("trunk_output", "adapter_version")
+    __slots__ = ("trunk_output",)
     TRUNK_OUTPUT_FIELD_NUMBER: _ClassVar[int]
-    ADAPTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     trunk_output: _tensor_pb2.Tensor
-    adapter_version: int
-    def __init__(self, trunk_output: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., adapter_version: _Optional[int] = ...) -> None: ...
+    def __init__(self, trunk_output: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class SmashedGradient(_message.Message):
     __slots__ = ("smashed_gradient",)
