@@ -3,7 +3,7 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -126,7 +126,22 @@ def ledger(
         console.print(sentence, soft_wrap=True)
 
 
+class _PresentStderr(logging.StreamHandler[TextIO]):
+    """Writes to what is stderr at the moment, so that lines go above a progress bar and not into it."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Where lines go."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        """Take no other stream."""
+
+
 def _log_to_stderr() -> None:
     """Show what splitfed does, and of other packages only what is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", handlers=[_PresentStderr()]
+    )
     logging.getLogger("splitfed").setLevel(logging.INFO)

@@ -66,7 +66,7 @@ class Agent:
                 self._take_part()
                 return
             except RoundLost as error:
-                _log.info("%s; joining again", error)
+                _log.info("%s; joining again", str(error).rstrip("."))
                 reason: Exception = error
             except ServerUnreachable as error:
                 if self._backoff.tries == 0:
@@ -75,7 +75,7 @@ class Agent:
             if not self._backoff.pause():
                 raise ServerUnreachable(
                     f"No server answered at {self._config.agent.server} in {self._backoff.tries + 1} tries over "
-                    f"{self._config.agent.retry_for_s:.0f} s; start it, or check [agent] server and retry_for_s "
+                    f"{self._config.agent.retry_for_s:.0f} s; start it, or check [agent] server, [tls] on both sides "
                     f"(last reason: {reason})."
                 ) from reason
 

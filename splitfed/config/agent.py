@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from splitfed.config.section import (
-    HUB_ID,
     Base,
     LocalPath,
     Name,
@@ -17,8 +16,6 @@ from splitfed.config.section import (
 )
 
 ClippingNorm = Annotated[float, Field(ge=1e-20, le=1e20)]
-
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 class AgentSection(Section):
@@ -46,7 +43,7 @@ class DataSection(Section):
     """The agent's own data, which never leaves the device."""
 
     format: Literal["auto", "jsonl", "csv", "parquet", "text", "hub"] = "auto"
-    """Kind of the data; "auto" goes by the file's extension."""
+    """Kind of the data; "auto" goes by the file's extension, "hub" asks the Hugging Face hub."""
     path: Annotated[str, Field(min_length=1)]
     """A file, or the id of a data set on the hub."""
     split: str = "train"
@@ -79,9 +76,7 @@ class DataSection(Section):
         data_format = info.data.get("format")
         if info.context is None or data_format == "hub":
             return value
-        file = beside_file(value, info)
-        is_hub_id = data_format == "auto" and HUB_ID.fullmatch(value) and not value.endswith(_DATA_SUFFIXES)
-        return value if is_hub_id and not file.exists() else str(file)
+        return str(beside_file(value, info))
 
     @field_validator("held_out_fraction")
     @classmethod

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from rich.table import Table
 
 from splitfed.assets import base_model_folder
 from splitfed.demo.processes import DaemonFailed, Daemons
-from splitfed.demo.shards import write_shards
+from splitfed.demo.shards import SHARES, write_shards
+from splitfed.errors import RunDirectoryError
 from splitfed.study.report import BeforeAfter, write_report
 
 DEFAULT_DIRECTORY = Path("splitfed-demo")
 
+_MARKER = ".splitfed-demo"
 _SEED = 7
 _MAX_TOKENS = 128
 _ROUNDS = 5
@@ -94,13 +97,14 @@ def run_demo(directory: Path = DEFAULT_DIRECTORY) -> int:
         0 if the held-out loss fell, 1 if it did not.
 
     Raises:
+        RunDirectoryError: If the directory holds anything but an earlier demonstration.
         SplitFedError: If a daemon fails.
     """
     from splitfed.demo.measure import StockModel
 
     console = Console()
     started_s = time.monotonic()
-    directory.mkdir(parents=True, exist_ok=True)
+    _take_over(directory)
     files, held_out = write_shards(directory / "data", seed=_SEED)
     agents = list(files)
     rows = {name: len(file.read_text().splitlines()) for name, file in files.items()}
@@ -155,6 +159,23 @@ def run_demo(directory: Path = DEFAULT_DIRECTORY) -> int:
         console.print("[red]The held-out loss did not fall.[/red]")
         return 1
     return 0
+
+
+def _take_over(directory: Path) -> None:
+    """Make the directory, or empty it of an earlier demonstration; anything else in it is left alone, and refused."""
+    marker = directory / _MARKER
+    try:
+        if directory.exists() and not marker.exists() and any(directory.iterdir()):
+            raise RunDirectoryError(f"{directory} holds other files; give --directory an empty or a new folder.")
+        if marker.exists():
+            for part in ("data", "logs", "run", *SHARES):
+                shutil.rmtree(directory / part, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{directory} cannot be used for the demonstration ({error.strerror}); give --directory a folder."
+        ) from error
 
 
 def _wait_for_address(daemons: Daemons, file: Path) -> str:

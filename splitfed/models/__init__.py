@@ -13,7 +13,7 @@ from splitfed.models.export import check_adapter, export_adapter
 from splitfed.models.fingerprint import canonical_config, tensor_hashes
 from splitfed.models.lora import LoraSettings, adapter_shapes
 from splitfed.models.partition import Bottom, Partition, Segment, Top, Trunk, partition
-from splitfed.models.shell import load_shell
+from splitfed.models.shell import load_config, load_shell
 from splitfed.models.weights import load_bottom_and_top, load_trunk, segment_tensor_names
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "initial_adapter",
     "load_adapter_state",
     "load_bottom_and_top",
+    "load_config",
     "load_shell",
     "load_trunk",
     "partition",

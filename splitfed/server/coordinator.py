@@ -104,8 +104,14 @@ class Coordinator:
         """The run is over and every member that is here knows it."""
         return self.rounds.phase is Phase.FINISHED and self._told_end >= set(self.rounds.members)
 
-    async def join(self, client: str, agent_id: bytes, weight: int) -> None:
+    async def join(self, client: str, agent_id: bytes, weight: int, *, is_proven: bool = False) -> None:
         """Take an agent into the run.
+
+        Args:
+            client: Its name.
+            agent_id: Its own id.
+            weight: Its weight in every mean.
+            is_proven: The name is its certificate's: a device that lost its id is then known all the same.
 
         Raises:
             JoinRefused: If the name belongs to another agent, or the run is full.
@@ -114,8 +120,11 @@ class Coordinator:
         if self.is_draining:
             raise ServerUnreachable("The server is shutting down; come back when it is up again.")
         known = self._agent_ids.get(client)
-        if known is not None and known != agent_id.hex():
-            raise JoinRefused(f"Another agent is called {client!r} in this run; choose another [agent] name.")
+        if known is not None and known != agent_id.hex() and not is_proven:
+            raise JoinRefused(
+                f"Another agent is called {client!r} in this run; choose another [agent] name, or give this one back "
+                "the file agent-id of its state directory."
+            )
         if not self.rounds.can_join(client):
             raise JoinRefused(
                 f"The run {self.config.run_id!r} has its {self.config.federation.agents} agents already "

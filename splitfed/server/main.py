@@ -4,9 +4,11 @@ import asyncio
 import logging
 import signal
 from contextlib import ExitStack
+from pathlib import Path
 
 from splitfed.config import ServerConfig, refuse_plain_text
-from splitfed.models import adapter_state, resolve_base
+from splitfed.errors import ConfigError
+from splitfed.models import adapter_state, load_config, resolve_base
 from splitfed.server.base import BaseFolder
 from splitfed.server.daemon import Daemon
 from splitfed.server.store import RunState, RunStore
@@ -59,6 +61,7 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
         SplitFedError: If the base model cannot be loaded, or the directory holds another run.
     """
     folder = resolve_base(config.model.base, config.model.revision)
+    _check_positions(folder, config.training.max_tokens)
     base = BaseFolder(folder, config.model.bottom_blocks, config.model.top_blocks)
     store = RunStore(config.run.directory, _identity(config, base), resume=resume, overwrite=overwrite)
     with ExitStack() as opened:
@@ -77,6 +80,13 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
         trainer = TrunkTrainer(trunk, config.training, seed=config.run.seed)
         opened.pop_all()
         return Daemon(config, state, trainer, store, base)
+
+
+def _check_positions(folder: Path, max_tokens: int) -> None:
+    """Refuse sequences that are longer than the base model can count."""
+    positions = getattr(load_config(folder), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < max_tokens:
+        raise ConfigError(f"training.max_tokens is {max_tokens}, but the base has {positions} positions; lower it")
 
 
 async def _serve_until_signal(daemon: Daemon) -> None:

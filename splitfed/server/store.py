@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -68,8 +69,13 @@ class RunStore:
             raise RunDirectoryError(f"{directory} is a file; give a directory for the run.")
         if not file.exists() and not overwrite and _holds_something(directory):
             raise RunDirectoryError(f"{directory} is not empty and holds no run; give an empty or a new directory.")
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lock = (directory / _LOCK).open("w")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (directory / _LOCK).open("w")
+        except OSError as error:
+            raise RunDirectoryError(
+                f"[run] directory {directory} cannot be written to ({error.strerror}); give another one."
+            ) from error
         try:
             self._take_over(file, identity, resume, overwrite)
         except RunDirectoryError:
@@ -190,25 +196,26 @@ class RunStore:
         if file.exists():
             self._check(file, identity, resume)
         else:
-            _write_durably(file, json.dumps(identity, indent=1, sort_keys=True))
+            _write_identity(file, identity)
 
     def _check(self, file: Path, identity: Mapping[str, object], resume: bool) -> None:
-        """Refuse another run, and without `resume` this one too, unless none of its rounds is over."""
+        """Refuse another run, and without `resume` this one too; one without a finished round is simply replaced."""
         try:
             there = json.loads(file.read_text())
         except ValueError as error:
             raise RunDirectoryError(f"{file} is damaged; use --overwrite or another directory.") from error
-        differing = [key for key in sorted({*there, *identity}) if there.get(key) != identity.get(key)]
-        if not resume and (differing or self._checkpoints()):
+        difference = _first_difference(there, identity)
+        if not self._checkpoints():
+            _write_identity(file, identity)
+        elif difference is not None:
+            raise RunDirectoryError(
+                f"{self.directory} holds another run: {difference}; correct the configuration, or use --overwrite or "
+                "another directory."
+            )
+        elif not resume:
             raise RunDirectoryError(
                 f"{self.directory} already holds the run {there.get('name')!r}; use --resume to go on with it, "
                 "--overwrite to remove it, or another directory."
-            )
-        if differing:
-            key = differing[0]
-            raise RunDirectoryError(
-                f"{self.directory} holds another run: its {key} is {there.get(key)!r}, the configuration's is "
-                f"{identity.get(key)!r}; correct the configuration, or use --overwrite or another directory."
             )
 
     def _remove_ours(self) -> None:
@@ -218,6 +225,23 @@ class RunStore:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+def _first_difference(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Name the first key on which two identities differ, with both values; None if there is none."""
+    for key in sorted({*there, *here}):
+        one, other = there.get(key), here.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            inner = _first_difference(one, other, f"{prefix}{key}.")
+            if inner is not None:
+                return inner
+        elif one != other:
+            return f"{prefix}{key} is {one!r} there and {other!r} in the configuration"
+    return None
+
+
+def _write_identity(file: Path, identity: Mapping[str, object]) -> None:
+    _write_durably(file, json.dumps(identity, indent=1, sort_keys=True))
 
 
 def _holds_something(directory: Path) -> bool:

@@ -67,9 +67,9 @@ def format_of(data: DataSection, path: str) -> str:
     by_suffix = _FORMAT_OF_SUFFIX.get(Path(path).suffix.lower())
     if by_suffix is not None:
         return by_suffix
-    if Path(path).is_absolute() or Path(path).exists():
-        raise DataError(f'{path}: its extension says no format; set data.format to "jsonl", "csv", "parquet" or "text"')
-    return "hub"
+    if not Path(path).exists():
+        raise DataError(f'{path}: no such file; correct data.path, or set data.format = "hub" for a data set')
+    raise DataError(f'{path}: its extension says no format; set data.format to "jsonl", "csv", "parquet" or "text"')
 
 
 def _read_text(file: Path) -> Iterator[tuple[int, Row]]:

@@ -106,10 +106,19 @@ def test_a_directory_with_a_run_is_refused(tmp_path: Path, open_store: OpenStore
         open_store(tmp_path / "run", IDENTITY)
 
 
-def test_another_run_is_not_resumed(tmp_path: Path, open_store: OpenStore) -> None:
-    open_store(tmp_path / "run", IDENTITY)
-    with pytest.raises(RunDirectoryError, match=r"its training is .*'rounds': 3"):
-        open_store(tmp_path / "run", {**IDENTITY, "training": {"rounds": 4}}, resume=True)
+@pytest.mark.parametrize("options", [{}, {"resume": True}])
+def test_another_run_is_refused_with_the_first_difference(
+    tmp_path: Path, open_store: OpenStore, options: dict[str, bool]
+) -> None:
+    open_store(tmp_path / "run", IDENTITY).save(state(1))
+    with pytest.raises(RunDirectoryError, match=r"another run: training\.rounds is 3 there and 4 in the configuration"):
+        open_store(tmp_path / "run", {**IDENTITY, "training": {"rounds": 4}}, **options)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"\[run\] directory .* cannot be written to"):
+        RunStore(tmp_path / "file" / "run", IDENTITY)
 
 
 def test_overwriting_removes_what_is_ours_and_nothing_else(tmp_path: Path, open_store: OpenStore) -> None:
@@ -171,7 +180,12 @@ def test_a_run_without_a_finished_round_is_simply_started_again(tmp_path: Path, 
     assert open_store(tmp_path / "run", IDENTITY).load() is None
 
 
-def test_an_unfinished_run_of_another_configuration_is_kept(tmp_path: Path, open_store: OpenStore) -> None:
+def test_a_corrected_configuration_takes_over_a_run_without_a_finished_round(
+    tmp_path: Path, open_store: OpenStore
+) -> None:
     open_store(tmp_path / "run", IDENTITY)
-    with pytest.raises(RunDirectoryError, match="already holds the run 'r'"):
-        open_store(tmp_path / "run", {**IDENTITY, "seed": 1})
+    corrected = {**IDENTITY, "seed": 1}
+    open_store(tmp_path / "run", corrected).save(state(1))
+    loaded = open_store(tmp_path / "run", corrected, resume=True).load()
+    assert loaded is not None
+    assert loaded.round == 1

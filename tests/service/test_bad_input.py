@@ -52,6 +52,8 @@ def changed(tables: dict[str, dict[str, Any]], section: str, **values: Any) -> d
         ("training", {"rounds": "three"}, 2, ["training.rounds", "integer"]),
         ("training", {"batch_size": 8, "micro_batch_size": 3}, 2, ["micro_batch_size", "divide"]),
         ("model", {"bottom_blocks": 4, "top_blocks": 3}, 1, ["bottom_blocks", "6"]),
+        ("training", {"max_tokens": 513}, 2, ["max_tokens is 513", "512 positions"]),
+        ("run", {"directory": "/proc/none/run"}, 1, ["[run] directory", "/proc/none/run"]),
         ("model", {"base": "no/such folder"}, 2, ["model.base"]),
         ("server", {"address": "192.0.2.1:50151"}, 2, ["192.0.2.1", "--insecure"]),
         ("lora", {"targets": ["nothing"]}, 2, ["nothing", "q_proj"]),
@@ -101,13 +103,11 @@ def test_a_run_directory_with_another_run_is_refused_and_kept(
     with serving(config) as server:
         run_agent_here(agent_config(tmp_path, "a", server.address, data))
     before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
-    code, line = sentence(capsys, tmp_path, "server", SERVER)
-    assert code == 1
-    assert "--resume" in line
-    assert "--overwrite" in line
-    code, line = sentence(capsys, tmp_path, "server", SERVER, "--resume")
-    assert code == 1
-    assert "another run" in line
+    for options in ((), ("--resume",)):
+        code, line = sentence(capsys, tmp_path, "server", SERVER, *options)
+        assert code == 1
+        assert "another run" in line
+        assert "in the configuration" in line
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
 
 

@@ -111,12 +111,17 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert sentence(str(tmp_path / "gone.csv")) == "no such file; correct the path in [data]"
 
 
+def test_a_name_that_is_no_file_is_not_looked_up_elsewhere(tmp_path: Path) -> None:
+    """A mistyped path must not travel to a hub."""
+    assert sentence(str(tmp_path / "notes")).startswith("no such file; correct data.path, or set data.format")
+
+
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     assert sentence(str(tmp_path)) == "is a folder; give a file in [data]"
 
 
 def test_a_data_set_that_cannot_be_had_is_named() -> None:
-    data = DataSection(path="nobody/nothing", split="validation")
+    data = DataSection(format="hub", path="nobody/nothing", split="validation")
     with pytest.raises(
         DataError, match=r"data set 'nobody/nothing', split 'validation': cannot be loaded from the hub: "
     ):
@@ -130,7 +135,7 @@ def test_a_data_set_of_the_hub_is_asked_for_by_id_and_split(monkeypatch: pytest.
         return [{"text": f"{name} {split}"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert rows("owner/name", split="validation") == [(1, {"text": "owner/name validation"})]
+    assert rows("owner/name", format="hub", split="validation") == [(1, {"text": "owner/name validation"})]
 
 
 def test_local_files_leave_no_cache_and_no_words(write: Write, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class Identity:
 
     def __init__(self, run_id: str, *, is_secure: bool) -> None:
         self._run_id = run_id
-        self._is_secure = is_secure
+        self.is_secure = is_secure
 
     def check(self, context: Any, client: str, run_id: str | None = None) -> None:
         """Check the name of a caller, and that it means this run.
@@ -35,7 +35,7 @@ class Identity:
             )
         if run_id is not None and run_id != self._run_id:
             raise ProtocolError(f"This server serves the run {self._run_id!r}, not {run_id[:64]!r}.")
-        if self._is_secure:
+        if self.is_secure:
             names = [name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", [])]
             if client not in names:
                 raise JoinRefused(

@@ -74,7 +74,9 @@ class JoiningService(joining_pb2_grpc.JoiningServicer):
         await asyncio.get_running_loop().run_in_executor(
             self._worker, self._base.check, request.config_sha256.hex(), tensors
         )
-        await self._coordinator.join(request.client, request.agent_id, request.weight)
+        await self._coordinator.join(
+            request.client, request.agent_id, request.weight, is_proven=self._identity.is_secure
+        )
         rounds = self._coordinator.rounds
         return joining_pb2.JoinReply(agents=rounds.agents, joined=rounds.joined)
 
