@@ -117,7 +117,9 @@ def ledger(
         typer.echo(report.model_dump_json())
         return
     headings, rows = report.table()
-    table = Table(*headings, box=None)
+    table = Table(box=None)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # a figure that does not fit is never cut
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
