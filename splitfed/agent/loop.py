@@ -180,7 +180,7 @@ class Agent:
         return GrpcLink(
             calls.training,
             opening,
-            link_codecs({name: get_codec(codec) for name, codec in prepared.run.codecs.model_dump().items()}),
+            link_codecs(prepared.run.codecs),
             backoff=Backoff(self._config.agent.retry_for_s),
             silence_s=prepared.run.federation.agent_timeout_s,
             traffic=traffic,

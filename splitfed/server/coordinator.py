@@ -11,7 +11,6 @@ from dataclasses import replace
 from safetensors import SafetensorError
 from torch import Tensor
 
-from splitfed.compress import get_codec
 from splitfed.config import ServerConfig
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
 from splitfed.federation import FixedPointMean, Phase, Rounds
@@ -77,22 +76,13 @@ class Coordinator:
         self.rounds.restore(state.weights, clock())
         self._agent_ids = dict(state.agent_ids)
         self._begin_round()
-        micro_batch = config.training.micro_batch_size or config.training.batch_size
         self._limits = Limits(
-            sequences=max(micro_batch, config.training.batch_size),
+            sequences=config.training.batch_size,
             tokens=config.training.max_tokens,
             hidden_size=hidden_size,
             answers=8 * config.training.max_in_flight + 8,
         )
-        codecs = config.codecs
-        self._codecs = link_codecs(
-            {
-                "smashed": get_codec(codecs.smashed),
-                "trunk_output": get_codec(codecs.trunk_output),
-                "output_gradient": get_codec(codecs.output_gradient),
-                "smashed_gradient": get_codec(codecs.smashed_gradient),
-            }
-        )
+        self._codecs = link_codecs(config.codecs)
 
     @property
     def ends(self) -> Mapping[str, Tensor]:

@@ -3,7 +3,6 @@
 Two implementations pass one contract: `InProcessLink` here, and the gRPC link of `splitfed.transport`.
 """
 
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,7 +10,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from splitfed.compress import Codec
+from splitfed.compress import Codec, get_codec
+from splitfed.config import CodecSection
 from splitfed.training.trunk_step import TrunkTrainer
 
 T = TypeVar("T")
@@ -165,13 +165,13 @@ class InProcessLink:
         return decoded
 
 
-def link_codecs(codecs: Mapping[str, Codec]) -> LinkCodecs:
-    """Pick a link's codecs out of a table by direction."""
+def link_codecs(codecs: CodecSection) -> LinkCodecs:
+    """Look the run's codecs up, one for each direction of a link."""
     return LinkCodecs(
-        smashed=codecs["smashed"],
-        trunk_output=codecs["trunk_output"],
-        output_gradient=codecs["output_gradient"],
-        smashed_gradient=codecs["smashed_gradient"],
+        smashed=get_codec(codecs.smashed),
+        trunk_output=get_codec(codecs.trunk_output),
+        output_gradient=get_codec(codecs.output_gradient),
+        smashed_gradient=get_codec(codecs.smashed_gradient),
     )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from splitfed.compress import get_codec
 from splitfed.config import CodecSection, LoraSection, TrainingSection
 from splitfed.federation import FixedPointMean
 from splitfed.models import Partition, adapter_state, add_adapter, export_adapter, load_adapter_state
@@ -96,7 +95,7 @@ def simulate(
         )
         for client in shards
     }
-    by_direction = link_codecs({name: get_codec(codec) for name, codec in codecs.model_dump().items()})
+    by_direction = link_codecs(codecs)
     adapter = _merged(adapter_state(segment) for segment in parts)
     result = Simulation(lora, adapter, {client: [] for client in shards})
     optimisers: dict[str, dict[str, Tensor]] = {}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitfed.compress import Codec, get_codec
+from splitfed.compress import Codec
 from splitfed.errors import ProtocolError
 from splitfed.proto.v1 import tensor_pb2
 
@@ -203,8 +203,3 @@ def _check_header(message: tensor_pb2.Tensor, expected: Expectation) -> tuple[tu
             f"its first message; {payload_bytes} were expected, at most {CHUNK_BYTES} in a message."
         )
     return shape, dtype
-
-
-def wire_codecs(names: dict[str, str]) -> dict[str, Codec]:
-    """Look the configured codecs up, by direction."""
-    return {direction: get_codec(name) for direction, name in names.items()}

@@ -49,7 +49,7 @@ def new_trainer(config: ServerConfig) -> TrunkTrainer:
 def open_link(kind: str, folder: Path, codecs: CodecSection, stack: ExitStack) -> Opened:
     config = server_config(folder, codecs=codecs, training={"max_in_flight": 2, "local_steps": 2})
     reference = new_trainer(config)
-    by_direction = link_codecs({name: get_codec(codec) for name, codec in codecs.model_dump().items()})
+    by_direction = link_codecs(codecs)
     if kind == "in process":
         link: Link = InProcessLink(new_trainer(config), "a", by_direction)
         return Opened(link, reference, reference.hidden_size)
