@@ -12,11 +12,24 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
+class _Place(Enum):
+    """Where a member is: taking part, silent or not back yet, or gone by its own word."""
+
+    HERE = "here"
+    SILENT = "silent"
+    LEFT = "left"
+    LEFT_FOR_GOOD = "left for good"
+
+
 @dataclass
 class _Member:
     weight: int
     last_progress_s: float
-    is_here: bool = True
+    place: _Place = _Place.HERE
+
+    @property
+    def is_here(self) -> bool:
+        return self.place is _Place.HERE
 
 
 @dataclass
@@ -25,7 +38,8 @@ class Rounds:
 
     A round opens when the configured number of agents has joined. It is over when every member that still makes
     progress has submitted, at least one; a member that is silent for `timeout_s` is left out of the round and may come
-    back in the next one.
+    back in the next one. A member that leaves is not waited for at all, and an update that it submitted before counts;
+    it may come back by joining again, unless it left for good.
 
     Attributes:
         agents: Agents to wait for.
@@ -66,6 +80,12 @@ class Rounds:
         return sum(member.is_here for member in self._members.values())
 
     @property
+    def is_abandoned(self) -> bool:
+        """Every agent of the run left it for good, and no update of the open round waits to be written."""
+        left = [member.place is _Place.LEFT_FOR_GOOD for member in self._members.values()]
+        return self.phase is not Phase.FINISHED and not self._submitted and len(left) == self.agents and all(left)
+
+    @property
     def submitted(self) -> list[str]:
         """Members whose update of the open round is here, in the order of names."""
         return sorted(self._submitted)
@@ -77,7 +97,7 @@ class Rounds:
     def restore(self, weights: dict[str, int], now_s: float) -> None:
         """Take up the members of a run that goes on; they count as here once they join again."""
         for client, weight in weights.items():
-            self._members[client] = _Member(weight, now_s, is_here=False)
+            self._members[client] = _Member(weight, now_s, _Place.SILENT)
 
     def can_join(self, client: str) -> bool:
         """Say whether there is room for this agent, or it is a member already."""
@@ -87,19 +107,45 @@ class Rounds:
         """Take an agent in, or back in. The first round opens with the last agent that was waited for.
 
         Raises:
-            ValueError: If the run has its agents already.
+            ValueError: If the run has its agents already, or this one left for good.
         """
         if not self.can_join(client):
-            raise ValueError(f"The run has its {self.agents} agents already; {client!r} is not one of them.")
+            raise ValueError(f"The run has all its agents ({self.agents}); {client!r} is not one of them.")
+        if self.has_left_for_good(client):
+            raise ValueError(f"{client!r} left the run for good.")
         self._members[client] = _Member(weight, now_s)
-        if len(self._members) == self.agents and self.joined == self.agents:
-            self._is_open = True
+        self._open_if_all_are_here()
+
+    def leave(self, client: str, now_s: float, *, for_good: bool) -> bool:
+        """Note that a member goes of its own accord; that it leaves for good it cannot take back.
+
+        An open round goes on without it. One that is yet to open waits for it like for a silent one, unless it left for
+        good.
+
+        Returns:
+            False if that was known already.
+        """
+        member = self._members[client]
+        place = _Place.LEFT_FOR_GOOD if for_good else _Place.LEFT
+        if member.place in (place, _Place.LEFT_FOR_GOOD):
+            return False
+        member.place, member.last_progress_s = place, now_s
+        self._open_if_all_are_here()
+        return True
+
+    def has_left(self, client: str) -> bool:
+        """Say whether a member left, for good or not, and has not joined again."""
+        return self._members[client].place in (_Place.LEFT, _Place.LEFT_FOR_GOOD)
+
+    def has_left_for_good(self, client: str) -> bool:
+        """Say whether an agent left for good."""
+        return client in self._members and self._members[client].place is _Place.LEFT_FOR_GOOD
 
     def progress(self, client: str, now_s: float) -> None:
-        """Note that a member is at work."""
+        """Note that a member is at work. What still comes from one that left changes nothing: it has to join again."""
         member = self._members[client]
-        member.last_progress_s = now_s
-        member.is_here = True
+        if not self.has_left(client):
+            member.last_progress_s, member.place = now_s, _Place.HERE
 
     def has_submitted(self, client: str) -> bool:
         """Say whether this member's update of the open round is here."""
@@ -140,7 +186,7 @@ class Rounds:
             if member.is_here and client not in self._submitted and now_s - member.last_progress_s > self.timeout_s
         ]
         for client in silent:
-            self._members[client].is_here = False
+            self._members[client].place = _Place.SILENT
         if self.phase is Phase.WAITING and self.joined and self._all_silent_since(now_s):
             self._is_open = True
         return silent
@@ -177,7 +223,14 @@ class Rounds:
         self._is_closed = False
         return self.committed
 
+    def _open_if_all_are_here(self) -> None:
+        """Open the first round once every agent is here, save those that left for good."""
+        awaited = [member for member in self._members.values() if member.place is not _Place.LEFT_FOR_GOOD]
+        if awaited and len(self._members) == self.agents and all(member.is_here for member in awaited):
+            self._is_open = True
+
     def _all_silent_since(self, now_s: float) -> bool:
         return all(
-            member.is_here or now_s - member.last_progress_s > self.timeout_s for member in self._members.values()
+            member.place in (_Place.HERE, _Place.LEFT_FOR_GOOD) or now_s - member.last_progress_s > self.timeout_s
+            for member in self._members.values()
         )

@@ -32,7 +32,7 @@ def test_an_agent_that_joins_twice_is_counted_once() -> None:
 def test_a_run_that_has_its_agents_takes_no_other() -> None:
     machine = open_rounds("a")
     assert not machine.can_join("b")
-    with pytest.raises(ValueError, match="has its 1 agents already"):
+    with pytest.raises(ValueError, match=r"has all its agents \(1\); 'b' is not one of them"):
         machine.join("b", 1, now_s=0)
 
 
@@ -150,3 +150,147 @@ def test_a_restored_run_goes_on_without_a_member_that_stays_away() -> None:
     assert machine.phase is Phase.OPEN
     machine.submit("a", 2, now_s=11)
     assert machine.is_complete()
+
+
+def test_a_round_does_not_wait_for_a_member_that_left() -> None:
+    machine = open_rounds("a", "b")
+    machine.submit("a", 1, now_s=1)
+    assert machine.leave("b", 2, for_good=False)
+    assert machine.is_complete()
+    assert (machine.joined, machine.members) == (1, ["a", "b"])
+    assert machine.commit() == 1
+    assert machine.submit("a", 2, now_s=3)
+    assert machine.is_complete()
+
+
+def test_an_update_that_was_submitted_counts_although_its_member_left() -> None:
+    machine = open_rounds("a", "b")
+    machine.submit("a", 1, now_s=1)
+    machine.leave("a", 2, for_good=True)
+    assert not machine.is_complete()
+    machine.submit("b", 1, now_s=3)
+    assert machine.is_complete()
+    assert machine.submitted == ["a", "b"]
+
+
+def test_leaving_twice_is_leaving_once_and_for_good_cannot_be_taken_back() -> None:
+    machine = open_rounds("a", "b")
+    assert machine.leave("a", 1, for_good=False)
+    assert not machine.leave("a", 2, for_good=False)
+    assert machine.leave("a", 3, for_good=True)
+    assert not machine.leave("a", 4, for_good=True)
+    assert not machine.leave("a", 5, for_good=False)
+    assert machine.has_left_for_good("a")
+
+
+def test_a_member_that_left_comes_back_by_joining_and_is_waited_for_again() -> None:
+    machine = open_rounds("a", "b")
+    machine.leave("a", 1, for_good=False)
+    assert machine.has_left("a")
+    machine.join("a", 1, now_s=2)
+    assert not machine.has_left("a")
+    machine.submit("b", 1, now_s=3)
+    assert not machine.is_complete()
+    machine.submit("a", 1, now_s=4)
+    assert machine.is_complete()
+
+
+def test_a_member_that_left_for_good_cannot_come_back() -> None:
+    machine = open_rounds("a", "b")
+    assert not machine.has_left_for_good("a")
+    machine.leave("a", 1, for_good=True)
+    with pytest.raises(ValueError, match="'a' left the run for good"):
+        machine.join("a", 1, now_s=2)
+    assert machine.joined == 1
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_what_was_still_on_its_way_brings_no_member_back_that_left(for_good: bool) -> None:
+    machine = open_rounds("a", "b")
+    machine.leave("a", 1, for_good=for_good)
+    machine.progress("a", 2)
+    assert machine.joined == 1
+    assert machine.leave_out_silent(3) == []
+    machine.submit("b", 1, now_s=3)
+    assert machine.is_complete()
+
+
+def test_a_round_that_every_member_leaves_waits_for_one_to_come_back() -> None:
+    machine = open_rounds("a", "b")
+    machine.leave("a", 1, for_good=False)
+    machine.leave("b", 1, for_good=True)
+    assert machine.leave_out_silent(100) == []
+    assert (machine.phase, machine.joined) == (Phase.OPEN, 0)
+    assert not machine.is_complete()
+    assert not machine.is_abandoned
+    machine.join("a", 1, now_s=101)
+    machine.submit("a", 1, now_s=102)
+    assert machine.is_complete()
+
+
+def test_a_run_that_every_agent_left_for_good_is_abandoned() -> None:
+    machine = open_rounds("a", "b")
+    machine.leave("a", 1, for_good=True)
+    assert not machine.is_abandoned
+    machine.leave("b", 2, for_good=True)
+    assert machine.is_abandoned
+
+
+def test_a_run_is_not_abandoned_before_the_last_update_is_written() -> None:
+    machine = open_rounds("a", "b")
+    machine.submit("a", 1, now_s=1)
+    machine.leave("a", 2, for_good=True)
+    machine.leave("b", 2, for_good=True)
+    assert not machine.is_abandoned
+    assert machine.commit() == 1
+    assert machine.is_abandoned
+
+
+def test_a_run_that_is_over_is_not_abandoned() -> None:
+    machine = open_rounds("a", rounds=1)
+    machine.submit("a", 1, now_s=1)
+    machine.commit()
+    machine.leave("a", 2, for_good=True)
+    assert machine.phase is Phase.FINISHED
+    assert not machine.is_abandoned
+
+
+def test_a_run_with_room_for_another_agent_is_not_abandoned() -> None:
+    machine = Rounds(agents=2, rounds=1, timeout_s=10)
+    machine.join("a", 1, now_s=0)
+    machine.leave("a", 1, for_good=True)
+    assert not machine.is_abandoned
+    machine.join("b", 1, now_s=2)
+    assert (machine.phase, machine.joined) == (Phase.OPEN, 1)
+
+
+def test_the_first_round_does_not_wait_for_a_member_that_left_for_good() -> None:
+    machine = Rounds(agents=2, rounds=3, timeout_s=10, committed=1)
+    machine.restore({"a": 1, "b": 1}, now_s=0)
+    machine.join("a", 1, now_s=1)
+    assert machine.phase is Phase.WAITING
+    machine.leave("b", 2, for_good=True)
+    assert machine.phase is Phase.OPEN
+
+
+def test_the_first_round_waits_for_a_member_that_left_as_for_one_that_is_silent() -> None:
+    machine = Rounds(agents=2, rounds=1, timeout_s=10)
+    machine.join("a", 1, now_s=0)
+    machine.leave("a", 1, for_good=False)
+    machine.join("b", 1, now_s=2)
+    machine.leave_out_silent(11)
+    assert machine.phase is Phase.WAITING
+    machine.leave_out_silent(11.5)
+    assert machine.phase is Phase.OPEN
+    assert machine.joined == 1
+
+
+def test_a_restored_run_waits_for_the_silent_and_not_for_the_one_that_left_for_good() -> None:
+    machine = Rounds(agents=3, rounds=3, timeout_s=10, committed=1)
+    machine.restore({"a": 1, "b": 1, "c": 1}, now_s=0)
+    machine.join("a", 1, now_s=9)
+    machine.leave("b", 9, for_good=True)
+    machine.leave_out_silent(10)
+    assert machine.phase is Phase.WAITING
+    machine.leave_out_silent(10.5)
+    assert machine.phase is Phase.OPEN
