@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.special import ndtr
 
 from splitfed.privacy import NoiseStream
@@ -19,6 +20,11 @@ KEY = bytes(range(32))
 N = 1_000_000
 SIGMAS = 5.0  # a test fails by chance with probability 6e-7; with a fixed key it passes or fails for good
 ALPHA = 1e-6
+VECTORS = 200_000
+DRAWS = [
+    pytest.param(lambda stream: stream.gaussian((100,)), id="gaussian"),
+    pytest.param(lambda stream: stream.radial((10, 10), 1.0), id="radial"),
+]
 
 # RFC 8439, appendix A.1, test vector 1: key, nonce and block counter all zero.
 ZERO_KEY_STREAM = bytes.fromhex(
@@ -44,7 +50,9 @@ def test_samples_are_the_box_muller_transform_of_the_chacha20_key_stream():
     torch.testing.assert_close(drawn, 3 * torch.tensor([cosines, sines]), rtol=1e-5, atol=1e-5)
 
 
-def test_mean_variance_skewness_and_kurtosis_are_those_of_a_standard_normal(samples):
+@pytest.mark.parametrize("std", [1.0, 1e-3, 250.0])
+def test_mean_variance_skewness_and_kurtosis_are_those_of_the_normal_distribution(std):
+    samples = NoiseStream(KEY).gaussian((N,), std).double().numpy() / std
     centred = samples - samples.mean()
     assert abs(samples.mean()) < SIGMAS / math.sqrt(N)
     assert abs(samples.var() - 1) < SIGMAS * math.sqrt(2 / N)
@@ -54,10 +62,9 @@ def test_mean_variance_skewness_and_kurtosis_are_those_of_a_standard_normal(samp
 
 @pytest.mark.parametrize("std", [1.0, 1e-3, 250.0])
 def test_kolmogorov_and_smirnov_find_the_stated_distribution(std):
-    cdf = ndtr(np.sort(NoiseStream(KEY).gaussian((N,), std).double().numpy()) / std)
-    steps = np.arange(N + 1) / N
-    distance = max((steps[1:] - cdf).max(), (cdf - steps[:-1]).max())
-    assert distance < math.sqrt(math.log(2 / ALPHA) / (2 * N))  # Massart's bound
+    samples = NoiseStream(KEY).gaussian((N,), std).double().numpy()
+    assert stats.kstest(samples, stats.norm(scale=std).cdf).pvalue > ALPHA
+    assert stats.kstest(samples, stats.norm(scale=1.02 * std).cdf).pvalue < ALPHA  # so it would see two percent
 
 
 @pytest.mark.parametrize("bound", [3.0, 4.0, 4.5])
@@ -99,16 +106,22 @@ def test_every_shape_is_filled_with_finite_float32(shape):
     assert drawn.count_nonzero() == drawn.numel()
 
 
-def test_no_other_generator_is_read_or_advanced():
+@pytest.mark.parametrize("draw", DRAWS)
+def test_no_other_generator_is_read_or_advanced(draw):
+    drawn = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+        drawn.append(draw(NoiseStream(KEY)))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert torch.equal(*drawn)  # under other seeds
     torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    first = NoiseStream().gaussian((100,))
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    first = draw(NoiseStream())
     torch.manual_seed(1)
-    assert not torch.equal(first, NoiseStream().gaussian((100,)))
+    assert not torch.equal(first, draw(NoiseStream()))
 
 
 def test_a_child_process_does_not_repeat_its_parents_noise(monkeypatch):
@@ -152,3 +165,109 @@ def test_too_many_samples_are_refused_before_they_are_allocated():
 def test_a_key_of_another_length_is_refused(key):
     with pytest.raises(ValueError, match=f"has 32 bytes, not {len(key)}"):
         NoiseStream(key)
+
+
+# Radial noise
+
+
+def radial(hidden, rate=1.0, vectors=VECTORS):
+    return NoiseStream(KEY).radial((vectors, hidden), rate).double().numpy()
+
+
+@pytest.mark.parametrize(("hidden", "rate"), [(1, 1.0), (2, 0.01), (16, 1.0), (17, 1e3), (40, 3.0)])
+def test_the_radius_follows_the_gamma_distribution(hidden, rate):
+    """17 and 40 terms are not a multiple of the factors that are taken at once."""
+    radius = rate * np.linalg.norm(radial(hidden, rate, N // hidden), axis=1)
+    n = len(radius)
+    assert abs(radius.mean() - hidden) < SIGMAS * math.sqrt(hidden / n)
+    kurtosis = 3 + 6 / hidden  # of Gamma(D, 1), whose variance is D
+    assert abs(radius.var() - hidden) < SIGMAS * hidden * math.sqrt((kurtosis - 1) / n)
+    assert stats.kstest(radius, stats.gamma(hidden).cdf).pvalue > ALPHA
+    assert stats.kstest(radius, stats.gamma(hidden, scale=1.05).cdf).pvalue < ALPHA
+
+
+def test_a_radius_of_many_dimensions_is_spread_as_little_as_it_should_be():
+    radius = np.linalg.norm(radial(1024, vectors=1000), axis=1)
+    assert stats.kstest(radius, stats.gamma(1024).cdf).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("hidden", [2, 3, 8])
+def test_the_direction_is_uniform_on_the_sphere(hidden):
+    """Along any axis, the square of a uniform direction follows Beta(1/2, (D - 1)/2), and its sign is a coin's."""
+    drawn = radial(hidden)
+    direction = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    tilted = np.random.RandomState(0).randn(hidden)
+    for axis in [*np.eye(hidden), tilted / np.linalg.norm(tilted)]:
+        along = direction @ axis
+        assert stats.kstest(along**2, stats.beta(0.5, (hidden - 1) / 2).cdf).pvalue > ALPHA
+        assert abs(np.sign(along).mean()) < SIGMAS / math.sqrt(VECTORS)
+    assert np.abs(direction.mean(axis=0)).max() < SIGMAS / math.sqrt(VECTORS * hidden)
+    moments = direction.T @ direction / VECTORS - np.eye(hidden) / hidden
+    assert np.abs(moments).max() < SIGMAS * math.sqrt(2 / VECTORS) / hidden
+
+
+def test_in_one_dimension_both_signs_are_as_likely():
+    assert abs(np.sign(radial(1)).mean()) < SIGMAS / math.sqrt(VECTORS)
+
+
+def test_the_radius_depends_neither_on_the_direction_nor_on_the_vectors_beside_it():
+    drawn = radial(8)
+    radius = np.linalg.norm(drawn, axis=1)
+    direction = drawn / radius[:, None]
+    centred = (radius - 8) / math.sqrt(8)
+    assert np.abs(centred @ direction).max() / VECTORS < SIGMAS / math.sqrt(8 * VECTORS)
+    assert np.abs(centred @ (direction**2 - 1 / 8)).max() / VECTORS < SIGMAS * math.sqrt(2 / VECTORS) / 8
+    for lag in (1, 2, 2**13):  # 2¹³ vectors apart lie two pieces of one draw
+        assert abs((centred[lag:] * centred[:-lag]).mean()) < SIGMAS / math.sqrt(VECTORS - lag)
+
+
+def test_radial_draws_differ_from_each_other_and_repeat_under_the_same_key():
+    streams = [NoiseStream(KEY), NoiseStream(KEY)]
+    first, again = ([stream.radial((5, 3), 1.0) for _ in range(2)] for stream in streams)
+    assert torch.equal(torch.stack(first), torch.stack(again))
+    assert not torch.equal(*first)
+    radii = [[drawn.norm(dim=-1)] for drawn in first]
+    assert not torch.equal(radii[0][0], radii[1][0])
+
+
+def test_radius_and_direction_do_not_share_bits():
+    stream = NoiseStream(KEY)
+    stream.radial((5, 3), 1.0)
+    fresh = NoiseStream(KEY)
+    fresh.gaussian((5, 3))
+    fresh.gaussian((1,))
+    assert torch.equal(stream.gaussian((4,)), fresh.gaussian((4,)))  # a radial call has read two nonces
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (2, 3, 4), (70_000, 2), (0, 3)])
+def test_every_shape_is_filled_with_finite_radial_noise(shape):
+    drawn = NoiseStream(KEY).radial(shape, 1e-3)
+    assert drawn.shape == torch.Size(shape)
+    assert drawn.dtype == torch.float32
+    assert torch.isfinite(drawn).all()
+    assert drawn.count_nonzero() == drawn.numel()
+
+
+def test_a_vector_without_a_direction_is_given_one(monkeypatch):
+    monkeypatch.setattr(NoiseStream, "gaussian", lambda self, shape: torch.zeros(tuple(shape)))
+    drawn = NoiseStream(KEY).radial((100, 3), 1.0)
+    assert (drawn[:, 0] > 0).all()
+    assert drawn[:, 1:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("rate", [1e-25, 1e25])
+def test_the_ends_of_the_range_of_rates_neither_vanish_nor_overflow(rate):
+    radius = NoiseStream(KEY).radial((1000, 4), rate).double().norm(dim=-1) * rate
+    assert radius.mean().item() == pytest.approx(4, abs=SIGMAS * math.sqrt(4 / 1000))
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf, 1e-26, 1e26])
+def test_a_rate_out_of_range_is_refused(rate):
+    with pytest.raises(ValueError, match="rate of radial noise must be from"):
+        NoiseStream().radial((1,), rate)
+
+
+@pytest.mark.parametrize("shape", [(), (3, 0)])
+def test_radial_noise_without_a_vector_is_refused(shape):
+    with pytest.raises(ValueError, match="vectors of one element or more"):
+        NoiseStream().radial(shape, 1.0)
