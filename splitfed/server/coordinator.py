@@ -91,8 +91,9 @@ class Coordinator:
 
     @property
     def has_ended(self) -> bool:
-        """The run is over and every member that is here knows it."""
-        return self.rounds.phase is Phase.FINISHED and self._told_end >= set(self.rounds.members)
+        """The run is over and every member that may still ask knows it."""
+        asks = {client for client in self.rounds.members if not self.rounds.has_left_for_good(client)}
+        return self.rounds.phase is Phase.FINISHED and self._told_end >= asks
 
     async def join(self, client: str, agent_id: bytes, weight: int, *, is_proven: bool = False) -> None:
         """Take an agent into the run.
@@ -104,7 +105,7 @@ class Coordinator:
             is_proven: The name is its certificate's: a device that lost its id is then known all the same.
 
         Raises:
-            JoinRefused: If the name belongs to another agent, or the run is full.
+            JoinRefused: If the name belongs to another agent, the run is full, or this agent left it for good.
             ServerUnreachable: If the server shuts down.
         """
         if self.is_draining:
@@ -117,16 +118,47 @@ class Coordinator:
             )
         if not self.rounds.can_join(client):
             raise JoinRefused(
-                f"The run {self.config.run_id!r} has its {self.config.federation.agents} agents already "
-                f"({', '.join(self.rounds.members)}); raise [federation] agents to let {client!r} in."
+                f"The run {self.config.run_id!r} has all its agents already ({', '.join(self.rounds.members)}); "
+                f"raise [federation] agents to let {client!r} in."
+            )
+        if self.rounds.has_left_for_good(client):
+            raise JoinRefused(
+                f"{client!r} left the run {self.config.run_id!r} for good; to take it in again, start the server again "
+                "with --resume."
             )
         self._agent_ids[client] = agent_id.hex()
         was_open = self.rounds.phase is Phase.OPEN
         self.rounds.join(client, weight, self._clock())
-        _log.info("%s joined (%d of %d agents)", client, self.rounds.joined, self.config.federation.agents)
-        if self.rounds.phase is Phase.OPEN and not was_open:
-            self._round_started_s = self._clock()
+        _log.info("%s joined (%d of %d here)", client, self.rounds.joined, self.rounds.agents)
+        self._note_opening(was_open)
         await self._tell()
+
+    async def leave(self, client: str, *, for_good: bool = False) -> None:
+        """Let a member go: the run goes on without it, from the next tick on.
+
+        What it has submitted stays counted, what it has not is lost. Leaving twice is leaving once.
+
+        Args:
+            client: Its name.
+            for_good: It will not come back.
+        """
+        was_open = self.rounds.phase is Phase.OPEN
+        if not self.rounds.leave(client, self._clock(), for_good=for_good):
+            return
+        _log.info(
+            "%s left%s (%d of %d here)",
+            client,
+            " for good" if for_good else "",
+            self.rounds.joined,
+            self.rounds.agents,
+        )
+        if was_open and not self.rounds.joined and not self.rounds.is_abandoned:
+            _log.warning("nobody is here; the run waits for an agent to come back")
+        self._note_opening(was_open)
+        session = self._sessions.pop(client, None)
+        await self._tell()
+        if session is not None:
+            await asyncio.shield(self._engine.empty(session.slot))  # even if the agent no longer waits for an answer
 
     def check_member(self, client: str, agent_id: bytes) -> None:
         """Check that a call comes from the agent that joined under this name.
@@ -167,6 +199,8 @@ class Coordinator:
             )
         if self.rounds.has_submitted(client):
             raise RoundLost(f"The update of {client!r} for round {round} is already here.")
+        if self.rounds.has_left(client):
+            raise RoundLost(f"{client!r} left the run; join again.")
         session = self._sessions.get(client)
         if token:
             if session is None or session.token != token:
@@ -206,7 +240,7 @@ class Coordinator:
         self.rounds.progress(client, self._clock())
 
     async def submit(self, client: str, round: int, ends: Mapping[str, Tensor], contribution: Contribution) -> bool:
-        """Take a client's update.
+        """Take a client's update; once it is counted, the round ends even if the client no longer waits for an answer.
 
         Returns:
             False if it was here already.
@@ -216,6 +250,49 @@ class Coordinator:
             ServerUnreachable: If the round cannot be written; the server ends then.
             ProtocolError: If the client has not run all local steps, or its numbers cannot be averaged.
         """
+        return await asyncio.shield(self._submit(client, round, ends, contribution))
+
+    async def tick(self) -> None:
+        """Look at the clock: leave out members that were silent for too long.
+
+        Raises:
+            RunDirectoryError: If a round cannot be written.
+        """
+        async with self._closing:
+            was_open = self.rounds.phase is Phase.OPEN
+            for client in self.rounds.leave_out_silent(self._clock()):
+                _log.warning(
+                    "round %d goes on without %s: no progress for %.0f s",
+                    self.rounds.current,
+                    client,
+                    self.config.federation.agent_timeout_s,
+                )
+            self._note_opening(was_open)
+            await self._close_round_if_complete()
+        await self._tell()
+
+    async def drain(self) -> None:
+        """Take no more work, and tell everyone who watches."""
+        self.is_draining = True
+        await self._tell()
+
+    async def wait_for_end(self) -> None:
+        """Wait until the run is over and every member knows."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.has_ended)
+
+    def _note_opening(self, was_open: bool) -> None:
+        if self.rounds.phase is Phase.OPEN and not was_open:
+            self._round_started_s = self._clock()
+
+    def _begin_round(self) -> None:
+        self._mean = FixedPointMean()
+        self._optimisers = dict(self._state.optimisers)
+        self._contributions = {}
+        self._sessions.clear()
+        self._round_started_s = self._clock()
+
+    async def _submit(self, client: str, round: int, ends: Mapping[str, Tensor], contribution: Contribution) -> bool:
         async with self._closing:
             if self.rounds.phase is not Phase.OPEN or round != self.rounds.current:
                 raise RoundLost(f"Round {round} is not open; the run is at round {self.rounds.current}.")
@@ -246,40 +323,6 @@ class Coordinator:
                 raise ServerUnreachable("The server cannot write the round; come back when it is up again.") from error
         await self._tell()
         return True
-
-    async def tick(self) -> None:
-        """Look at the clock: leave out members that were silent for too long.
-
-        Raises:
-            RunDirectoryError: If a round cannot be written.
-        """
-        async with self._closing:
-            for client in self.rounds.leave_out_silent(self._clock()):
-                _log.warning(
-                    "round %d goes on without %s: no progress for %.0f s",
-                    self.rounds.current,
-                    client,
-                    self.config.federation.agent_timeout_s,
-                )
-            await self._close_round_if_complete()
-        await self._tell()
-
-    async def drain(self) -> None:
-        """Take no more work, and tell everyone who watches."""
-        self.is_draining = True
-        await self._tell()
-
-    async def wait_for_end(self) -> None:
-        """Wait until the run is over and every member knows."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.has_ended)
-
-    def _begin_round(self) -> None:
-        self._mean = FixedPointMean()
-        self._optimisers = dict(self._state.optimisers)
-        self._contributions = {}
-        self._sessions.clear()
-        self._round_started_s = self._clock()
 
     async def _close_round_if_complete(self) -> None:
         if not self.rounds.is_complete():

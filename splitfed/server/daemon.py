@@ -68,8 +68,11 @@ class Daemon:
         )
         self._blocks = trainer.blocks
 
-    async def serve(self, stop: asyncio.Event) -> None:
+    async def serve(self, stop: asyncio.Event) -> int:
         """Serve until the run is over, or until it is asked to stop: then work in progress ends first.
+
+        Returns:
+            The exit status: 1 if every agent left the run for good before it was over, otherwise 0.
 
         Raises:
             AddressInUse: If an address cannot be listened on.
@@ -91,7 +94,7 @@ class Daemon:
                 await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
                 self._store.write_address(bound[0])
                 _log.info("serving the run %s on %s", self._config.run_id, " and ".join(bound))
-                _log.info("waiting for %d agents", self._config.federation.agents)
+                _log.info("waiting for agents (0 of %d here)", self._config.federation.agents)
                 await self._until_over(stop)
                 await self._health.enter_graceful_shutdown()
                 await self.coordinator.drain()
@@ -100,17 +103,10 @@ class Daemon:
             self._engine.close()
             self._worker.shutdown()
             self._store.close()
-        if stop.is_set() and self.coordinator.rounds.phase is not Phase.FINISHED:
-            _log.info(
-                "stopped after round %d of %d; --resume goes on from there",
-                self.coordinator.rounds.committed,
-                self._config.training.rounds,
-            )
-        else:
-            _log.info("the run is over; its adapter is in %s", self._store.final_adapter)
+        return self._last_word()
 
     async def _until_over(self, stop: asyncio.Event) -> None:
-        """Wait for a signal or the run's end, and look at the clock meanwhile."""
+        """Wait for a signal, the run's end, or the last agent's; look at the clock meanwhile."""
         ended = asyncio.create_task(self.coordinator.wait_for_end())
         stopped = asyncio.create_task(stop.wait())
         finished_s: float | None = None
@@ -118,6 +114,8 @@ class Daemon:
             while not ended.done() and not stopped.done():
                 await asyncio.wait({ended, stopped}, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
                 await self.coordinator.tick()
+                if self.coordinator.rounds.is_abandoned:
+                    return
                 if self.coordinator.rounds.phase is Phase.FINISHED:
                     now_s = asyncio.get_running_loop().time()
                     finished_s = finished_s or now_s
@@ -127,6 +125,23 @@ class Daemon:
         finally:
             ended.cancel()
             stopped.cancel()
+
+    def _last_word(self) -> int:
+        """Say how it ended; gives the exit status."""
+        rounds = self.coordinator.rounds
+        if rounds.phase is Phase.FINISHED:
+            _log.info("the run is over; its adapter is in %s", self._store.final_adapter)
+            return 0
+        if rounds.is_abandoned:
+            _log.error(
+                "every agent left the run for good after round %d of %d; --resume goes on from there with those that "
+                "come back",
+                rounds.committed,
+                rounds.rounds,
+            )
+            return 1
+        _log.info("stopped after round %d of %d; --resume goes on from there", rounds.committed, rounds.rounds)
+        return 0
 
     def _addresses(self) -> list[str]:
         wanted = [self._config.server.address, self._config.server.fed_address]

@@ -29,7 +29,7 @@ def run_server(config: ServerConfig, *, resume: bool = False, overwrite: bool = 
         insecure: Allow plain text beyond this machine.
 
     Returns:
-        The exit status: 0 when the run is over or was drained.
+        The exit status: 0 when the run is over or was drained, 1 if every agent left it for good before.
 
     Raises:
         SplitFedError: What keeps the daemon from serving.
@@ -41,9 +41,7 @@ def run_server(config: ServerConfig, *, resume: bool = False, overwrite: bool = 
     )
     prepare_process(config.server.threads)
     daemon = open_daemon(config, resume=resume, overwrite=overwrite)
-    if daemon is not None:
-        asyncio.run(_serve_until_signal(daemon))
-    return 0
+    return 0 if daemon is None else asyncio.run(_serve_until_signal(daemon))
 
 
 def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool = False) -> Daemon | None:
@@ -89,11 +87,11 @@ def _check_positions(folder: Path, max_tokens: int) -> None:
         raise ConfigError(f"training.max_tokens is {max_tokens}, but the base has {positions} positions; lower it")
 
 
-async def _serve_until_signal(daemon: Daemon) -> None:
+async def _serve_until_signal(daemon: Daemon) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await daemon.serve(stop)
+    return await daemon.serve(stop)
 
 
 def _identity(config: ServerConfig, base: BaseFolder) -> dict[str, object]:

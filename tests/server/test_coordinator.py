@@ -130,7 +130,7 @@ async def test_a_name_belongs_to_the_agent_that_took_it(run: Run) -> None:
 
 async def test_a_full_run_takes_no_other_agent_and_says_who_is_in_it(run: Run) -> None:
     await run.join("a", "b")
-    with pytest.raises(JoinRefused, match=r"2 agents already \(a, b\)"):
+    with pytest.raises(JoinRefused, match=r"all its agents already \(a, b\)"):
         await run.join("c")
     with pytest.raises(RoundLost, match="'c' has not joined"):
         run.coordinator.check_member("c", IDS["c"])
@@ -424,3 +424,132 @@ async def test_draining_takes_no_more_work_and_asks_to_come_back(run: Run) -> No
         await run.coordinator.open_session("a", 1, session.token)
     with pytest.raises(ServerUnreachable, match="shutting down; come back"):
         await run.join("b")
+
+
+async def test_a_round_goes_on_at_once_without_a_member_that_leaves(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    await run.join("a", "b")
+    session = await run.train("b", steps=1)
+    await run.train("a")
+    await run.submit("a", 1.0)
+    with caplog.at_level("INFO", "splitfed"):
+        await run.coordinator.leave("b")
+        await run.coordinator.leave("b")
+    assert [record.getMessage() for record in caplog.records] == ["b left (1 of 2 here)"]
+    assert not run.coordinator.is_current(session)
+    assert session.slot not in run.engine.states
+    await run.coordinator.tick()
+    assert run.coordinator.rounds.current == 2
+    assert list(run.metrics()[0]["agents"]) == ["a"]
+    assert torch.equal(run.exported[1][ENDS], torch.ones(3))
+    await run.finish_round("a")
+    assert run.coordinator.rounds.phase is Phase.FINISHED
+
+
+async def test_what_a_member_submitted_before_it_left_counts(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    await run.submit("a", 1.0)
+    await run.coordinator.leave("a", for_good=True)
+    await run.coordinator.tick()
+    assert run.coordinator.rounds.current == 1
+    await run.train("b")
+    await run.submit("b", 3.0)
+    assert torch.equal(run.exported[1][ENDS], torch.full((3,), 2.0))
+
+
+async def test_a_member_that_left_joins_again_and_starts_its_round_from_the_beginning(run: Run) -> None:
+    await run.join("a", "b")
+    session = await run.train("b", steps=1)
+    await run.coordinator.leave("b")
+    for token in (session.token, b""):
+        with pytest.raises(RoundLost, match="'b' left the run; join again"):
+            await run.coordinator.open_session("b", 1, token)
+    await run.join("b")
+    await run.finish_round("a")
+    assert run.coordinator.rounds.current == 1
+    await run.finish_round("b")
+    assert list(run.metrics()[0]["agents"]) == ["a", "b"]
+
+
+async def test_a_member_that_left_for_good_is_refused_until_the_server_is_started_again(
+    run: Run, tmp_path: Path, worker: ThreadPoolExecutor
+) -> None:
+    await run.join("a", "b")
+    await run.finish_round("a", "b")
+    await run.coordinator.leave("b", for_good=True)
+    with pytest.raises(JoinRefused, match=r"'b' left the run 'small' for good.*--resume"):
+        await run.join("b")
+    run.store.close()
+    resumed = Run(tmp_path, worker)
+    await resumed.join("a", "b")
+    assert resumed.coordinator.rounds.phase is Phase.OPEN
+    resumed.store.close()
+
+
+async def test_leaving_changes_nothing_that_the_others_see_of_an_open_round(run: Run) -> None:
+    await run.join("a", "b")
+    watcher = run.coordinator.watch("a")
+    assert await anext(watcher) == (Phase.OPEN, 1, False)
+    following = asyncio.create_task(anext(watcher))  # type: ignore[arg-type]  # it is a coroutine
+    await run.coordinator.leave("b", for_good=True)
+    for _ in range(10):  # whatever woke the watcher would have come through by then
+        await asyncio.sleep(0)
+    assert not following.done()
+    await run.finish_round("a")
+    assert await following == (Phase.OPEN, 2, False)
+
+
+async def test_a_run_that_nobody_is_left_in_says_that_it_waits(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    await run.join("a", "b")
+    await run.coordinator.leave("a", for_good=True)
+    await run.coordinator.leave("b")
+    assert "nobody is here; the run waits for an agent to come back" in caplog.text
+    run.now_s = 10 * TIMEOUT_S
+    await run.coordinator.tick()
+    assert not run.coordinator.rounds.is_abandoned
+    await run.join("b")
+    await run.finish_round("b")
+    assert run.coordinator.rounds.current == 2
+
+
+async def test_a_run_that_every_agent_left_for_good_is_abandoned_after_its_last_whole_round(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    await run.submit("a")
+    for client in "ab":
+        await run.coordinator.leave(client, for_good=True)
+    assert not run.coordinator.rounds.is_abandoned
+    await run.coordinator.tick()
+    assert run.coordinator.rounds.is_abandoned
+    saved = run.store.load()
+    assert saved is not None
+    assert saved.round == 1
+
+
+async def test_a_run_that_is_over_tells_it_to_no_one_that_left_for_good(run: Run) -> None:
+    await run.join("a", "b")
+    await run.coordinator.leave("b", for_good=True)
+    for _ in range(2):
+        await run.finish_round("a")
+    assert not run.coordinator.has_ended
+    await watched(run, "a")
+    assert run.coordinator.has_ended
+
+
+async def test_a_round_is_written_once_although_its_last_agent_hangs_up_meanwhile(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    await run.train("b")
+    await run.submit("a")
+    run.may_write.clear()
+    submitting = asyncio.create_task(run.submit("b"))
+    assert await asyncio.to_thread(run.is_writing.wait, 20)
+    submitting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+    run.is_writing.clear()
+    run.may_write.set()
+    await run.coordinator.tick()
+    assert run.coordinator.rounds.current == 2
+    assert not run.is_writing.is_set()
+    assert list(run.metrics()[0]["agents"]) == ["a", "b"]

@@ -103,3 +103,19 @@ class SubmitReply(_message.Message):
     IS_NEW_FIELD_NUMBER: _ClassVar[int]
     is_new: bool
     def __init__(self, is_new: _Optional[bool] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ("run_id", "client", "agent_id", "for_good")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    AGENT_ID_FIELD_NUMBER: _ClassVar[int]
+    FOR_GOOD_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    client: str
+    agent_id: bytes
+    for_good: bool
+    def __init__(self, run_id: _Optional[str] = ..., client: _Optional[str] = ..., agent_id: _Optional[bytes] = ..., for_good: _Optional[bool] = ...) -> None: ...
+
+class LeaveReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

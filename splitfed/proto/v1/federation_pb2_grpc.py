@@ -50,6 +50,11 @@ class FederationStub:
                 request_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.SerializeToString,
                 response_deserializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/splitfed.proto.v1.Federation/Leave',
+                request_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.LeaveReply.FromString,
+                _registered_method=True)
 
 
 class FederationServicer:
@@ -77,6 +82,13 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """A member stops: the run goes on without it. Leaving twice is leaving once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FederationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.SubmitAdapter,
                     request_deserializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.FromString,
                     response_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.LeaveRequest.FromString,
+                    response_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.LeaveReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class Federation:
             '/splitfed.proto.v1.Federation/SubmitAdapter',
             splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.SerializeToString,
             splitfed_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitfed.proto.v1.Federation/Leave',
+            splitfed_dot_proto_dot_v1_dot_federation__pb2.LeaveRequest.SerializeToString,
+            splitfed_dot_proto_dot_v1_dot_federation__pb2.LeaveReply.FromString,
             options,
             channel_credentials,
             insecure,
