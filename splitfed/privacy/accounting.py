@@ -1,25 +1,143 @@
 """From noise multipliers to epsilon."""
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
-MAX_SQUARED_SIGNAL: Final = 1e20
-_LEAST_SQUARED_SIGNAL: Final = 1e-20
-_LARGEST_DELTA: Final = 0.5
-_SMALLEST_EXCESS: Final = 1e-11  # of an order over 1: below the best one within the two bounds above, above rounding
+from splitfed.privacy.amplification import poisson_overflow, sampled_epsilon
+from splitfed.privacy.gaussian import MAX_SQUARED_SIGNAL, gaussian_delta, gaussian_epsilon, gaussian_signal
+
+__all__ = [
+    "MAX_SQUARED_SIGNAL",
+    "REPLACE_ONE",
+    "ZERO_OUT",
+    "Composition",
+    "epsilon",
+    "gaussian_delta",
+    "gaussian_epsilon",
+    "gaussian_signal",
+    "poisson_overflow",
+    "squared_signal",
+]
+
+REPLACE_ONE: Final = "replace-one"
+"""One unit becomes any other in its place."""
+ZERO_OUT: Final = "zero-out"
+"""A unit's clipped contribution becomes zero, its rows noise alone: half as far, so a quarter of the squared signal."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Releases that depend on one unit, and what they cost together.
+
+    **Without sampling** a release is a Gaussian whose mean the unit moves by at most 1/z standard deviations, whatever
+    was released before it. Any number of them, adaptively chosen, tell no more than one with μ² = Σ 1/z², whose epsilon
+    is known exactly (``gaussian_epsilon``).
+
+    **With sampling**, under zero-out only. Let a step draw every record on its own with probability q. Fix what the
+    other records draw: the step is then a function of one record x and of whether x is drawn. If it is, everything that
+    the step releases about x, over all channels and with the server choosing each of its answers in between, is an
+    adaptive composition of Gaussians, dominated by the pair N(μ, 1), N(0, 1) with μ² = Σ 1/z² over the step's channels.
+    If it is not, and likewise if x is zeroed, x's place holds noise alone. So a step is dominated by the pair
+    (1 - q) · N(0, 1) + q · N(μ, 1) and N(0, 1), in either order: the Poisson-sampled Gaussian mechanism. Steps draw
+    afresh, so they compose adaptively, and the Rényi divergences of sampled steps and of releases without sampling add
+    up (``sampled_epsilon``). A step that cannot hold all that it drew is outside this argument: with the probability
+    ``overflow`` anything may happen, so epsilon is that of delta - overflow. No overflow is needed for the figure
+    without sampling, and the smaller of the two is stated.
+
+    It may be claimed only if all of this is true:
+
+    * Every step draws every record on its own, from a cryptographic generator, and who was drawn stays secret: no name,
+      order, count, length or time tells it.
+    * The batch has the same number of places in every step. What was drawn stands in random places, the others hold
+      noise-only rows that look the same, and what finds no place is left out.
+    * A record takes one place, and all that depends on it in the step is noised and counted in the step's signal.
+    * Nothing else that is released depends on the record, or it is counted in ``signal``: what persists on the device
+      is frozen, or trained only on releases that are counted here.
+    * ``overflow`` is at least ``poisson_overflow`` of the steps.
+
+    Under replace-one a sampled step counts as if the record were always drawn.
+
+    Attributes:
+        signal: Squared signal of the releases that are not sampled, Σ 1/z² under replace-one; infinite = unprotected.
+        sampled: ``(sample rate, squared signal of one step over all its channels, under replace-one)`` to the number of
+            such steps.
+        overflow: Probability, over all steps, that a sample did not fit its batch.
+
+    Raises:
+        ValueError: If a signal is negative or NaN, a probability outside 0 to 1, or a number of steps negative.
+
+    Guarantees:
+        * Never below the exact epsilon of the releases, and under replace-one at most 1e-6 of it above, with
+          ``gaussian_epsilon``'s exception near 0.
+        * Zero-out never costs more than replace-one.
+        * Never falls as the signal, the steps or the overflow grow, or as delta falls.
+
+    Source: Zhu, Dong & Wang, Optimal accounting of differential privacy via characteristic function (2022): dominating
+    pairs under adaptive composition and Poisson sampling. Kairouz et al., Practical and private (deep) learning without
+    sampling or shuffling (2021), for zero-out.
+    """
+
+    signal: float = 0.0
+    sampled: Mapping[tuple[float, float], int] = field(default_factory=dict)
+    overflow: float = 0.0
+
+    def __post_init__(self) -> None:
+        for squared in (self.signal, *(squared for _, squared in self.sampled)):
+            if not squared >= 0:
+                raise ValueError(f"A squared signal must be at least 0, not {squared}.")
+        for probability in (self.overflow, *(rate for rate, _ in self.sampled)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"A probability must be in 0 to 1, not {probability}.")
+        for steps in self.sampled.values():
+            if steps < 0:
+                raise ValueError(f"A number of steps is at least 0, not {steps}.")
+
+    def __add__(self, other: "Composition") -> "Composition":
+        """Compose with releases that depend on the same unit."""
+        return Composition(
+            self.signal + other.signal,
+            Counter(self.sampled) + Counter(other.sampled),
+            min(self.overflow + other.overflow, 1.0),
+        )
+
+    def epsilon(self, delta: float, relation: str = REPLACE_ONE) -> float | None:
+        """State what the releases cost.
+
+        Args:
+            delta: The delta to state epsilon at, between 0 and 1.
+            relation: The neighbouring relation, ``REPLACE_ONE`` or ``ZERO_OUT``.
+
+        Returns:
+            Epsilon; 0 if nothing was released; None if nothing is guaranteed.
+
+        Raises:
+            ValueError: If delta is not between 0 and 1, or there is no such relation.
+        """
+        if relation not in (REPLACE_ONE, ZERO_OUT):
+            raise ValueError(f"There is no relation {relation!r}; choose {REPLACE_ONE!r} or {ZERO_OUT!r}.")
+        always = [squared * steps for (_, squared), steps in self.sampled.items() if steps]
+        total = sum(always, self.signal)
+        if relation == REPLACE_ONE:
+            return gaussian_epsilon(total, delta)
+        unamplified = gaussian_epsilon(total / 4, delta)
+        certain, sampled = self.signal, {}
+        for (rate, squared), steps in self.sampled.items():
+            if rate == 1 and steps:
+                certain += squared * steps
+            elif rate and squared and steps:
+                sampled[rate, squared] = steps
+        left = math.nextafter(delta - self.overflow, 0.0)
+        if unamplified == 0 or not sampled or left <= 0 or certain / 4 > MAX_SQUARED_SIGNAL:
+            return unamplified
+        amplified = sampled_epsilon(sampled, certain, left)
+        return min(amplified, math.inf if unamplified is None else unamplified) if amplified < math.inf else unamplified
 
 
 def epsilon(releases: Iterable[tuple[float, int]], delta: float) -> float | None:
-    """State what a number of Gaussian releases, all of which depend on one unit, cost together.
-
-    Evaluated by opacus's RDP analysis. At its border: opacus's ``noise_multiplier`` is std ÷ sensitivity, which it
-    takes to be the clip because its relation is add/remove; ours is std ÷ sensitivity under replace-one, so the number
-    is passed on as it is and the result holds under replace-one. The sample rate is 1: no amplification is claimed.
-
-    Unsampled Gaussian releases compose exactly, 1/z² adds, so all of them are one release with multiplier
-    (Σ count/z²)^(-1/2), whatever their order. Any Rényi order above 1 gives a valid epsilon; the best one is solved
-    for. With little noise it is close to 1: opacus's default orders begin at 1.1 and would overstate such an epsilon.
+    """State what a number of Gaussian releases, all of which depend on one unit, cost together under replace-one.
 
     Args:
         releases: ``(noise multiplier, count)`` of each kind of release; a multiplier is std ÷ sensitivity.
@@ -33,23 +151,11 @@ def epsilon(releases: Iterable[tuple[float, int]], delta: float) -> float | None
         ValueError: If a noise multiplier is negative, NaN or infinite, a count negative, or delta not between 0 and 1.
 
     Guarantees:
-        * At least the exact epsilon of the composition (Balle & Wang 2018, Theorem 8), and at most 12 % above it where
-          that is over 0.1 and delta at most 1e-5.
+        * Those of ``gaussian_epsilon``: the exact figure, rounded up by less than 1e-6 of it.
         * Grows with each count, falls as a noise multiplier or delta grows.
         * Depends on Σ count/z² alone, up to float64 rounding.
-        * A delta above 0.5 gives the epsilon of 0.5, which holds for it too.
-
-    Source: Mironov, Rényi differential privacy (2017), Proposition 1 and Corollary 3; conversion by Balle et al.,
-    Hypothesis testing interpretations and Rényi differential privacy (2020), Theorem 21, as in opacus.
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be between 0 and 1, both excluded, not {delta}.")
-    signal = squared_signal(releases)
-    if signal == 0:
-        return 0.0
-    if signal > MAX_SQUARED_SIGNAL:
-        return None
-    return _gaussian_epsilon(max(signal, _LEAST_SQUARED_SIGNAL), min(delta, _LARGEST_DELTA))
+    return gaussian_epsilon(squared_signal(releases), delta)
 
 
 def squared_signal(releases: Iterable[tuple[float, int]]) -> float:
@@ -73,31 +179,3 @@ def squared_signal(releases: Iterable[tuple[float, int]]) -> float:
             inverse = 1 / noise_multiplier if noise_multiplier else math.inf
             total += max(count * inverse * inverse, math.ulp(0.0))
     return total
-
-
-def _gaussian_epsilon(signal: float, delta: float) -> float:
-    """Convert Σ count/z² into epsilon."""
-    from opacus.accountants.analysis import rdp  # takes a second; what charges nothing does not need it
-
-    excess = _best_order(signal, delta) - 1
-    orders = [1 + excess * factor for factor in (0.9, 1.0, 1.1)]  # opacus warns if the best one is at an end
-    spent = rdp.compute_rdp(q=1.0, noise_multiplier=1 / math.sqrt(signal), steps=1, orders=orders)
-    value, _ = rdp.get_privacy_spent(orders=orders, rdp=spent, delta=delta)
-    return max(float(value), 0.0)
-
-
-def _best_order(signal: float, delta: float) -> float:
-    """Find the Rényi order with the least epsilon, by bisection.
-
-    The derivative of the conversion, α·ρ - (ln δ + ln α) / (α - 1) + ln((α - 1) / α) with ρ = signal / 2, is zero where
-    ρ·(α - 1)² + ln α = ln(1/δ), whose left side grows with α.
-    """
-    budget = -math.log(delta)
-    low, high = _SMALLEST_EXCESS, math.sqrt(2 * budget / signal)
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        if signal / 2 * middle**2 + math.log1p(middle) < budget:
-            low = middle
-        else:
-            high = middle
-    return 1 + high
