@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
+from splitfed.agent.leaving import leave
 from splitfed.agent.local_round import LocalRound, evaluate_locally, train_locally
 from splitfed.agent.prepare import Prepared, prepare
 from splitfed.agent.progress import Progress
@@ -52,15 +54,21 @@ class Agent:
         self._clock = clock
         self._ledger = Ledger(state.ledger_path)
         self._prepared: Prepared | None = None
+        self._joined: str | None = None
         self._backoff = Backoff(config.agent.retry_for_s)
 
     def run(self) -> None:
-        """Take part in the run until it is over.
+        """Take part in the run until it is over; whatever else ends the agent, the server hears that it stops.
 
         Raises:
             SplitFedError: What ends the agent before: a refusal, an exhausted budget, a loss that is not finite, a
                 server that stays away.
         """
+        with ExitStack() as stopping:
+            stopping.push(self._leave)
+            self._keep_taking_part()
+
+    def _keep_taking_part(self) -> None:
         while True:
             try:
                 self._take_part()
@@ -83,17 +91,26 @@ class Agent:
         """Release the ledger."""
         self._ledger.close()
 
-    def _take_part(self) -> None:
+    def _leave(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._joined is not None:
+            leave(self._connect, self._joined, error)
+
+    def _connect(self) -> ServerCalls:
         agent = self._config.agent
-        calls = ServerCalls(
+        return ServerCalls(
             agent.server, agent.fed_server, self._config.tls, client=agent.name, agent_id=self._state.agent_id
         )
-        with closing(calls):
+
+    def _take_part(self) -> None:
+        with closing(self._connect()) as calls:
             run = calls.describe()
             prepared = self._prepare(run, calls)
             agents, joined = calls.join(prepared.run_id, prepared.config_sha256, prepared.tensors, prepared.weight)
+            self._joined = prepared.run_id
             self._backoff.progress()
-            _log.info("joined the run %s (%d of %d agents are here)", prepared.run_id, joined, agents)
+            _log.info("joined the run %s (%d of %d here)", prepared.run_id, joined, agents)
             while (opened := self._next_round(calls, prepared)) is not None:
                 self._run_round(calls, prepared, opened)
                 self._backoff.progress()
@@ -109,7 +126,7 @@ class Agent:
             if what == "round_opened" and not event.round_opened.is_submitted:
                 return int(event.round_opened.round)
             if what == "waiting":
-                _log.info("waiting: %d of %d agents are here", event.waiting.joined, event.waiting.agents)
+                _log.info("waiting for agents (%d of %d here)", event.waiting.joined, event.waiting.agents)
             if what == "draining":
                 break
         raise ServerUnreachable("the server is shutting down")

@@ -26,6 +26,7 @@ from splitfed.transport.version import PROTOCOL_VERSION
 
 _SHORT_CALL_S = 30.0
 _JOIN_S = 600.0  # the server may hash its whole checkpoint first
+_LEAVE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,18 @@ class ServerCalls:
 
         with translated():
             return bool(self._federation.SubmitAdapter(counted()).is_new)
+
+    def leave(self, run_id: str, *, for_good: bool) -> None:
+        """Say that this agent stops; an answer is not waited for long.
+
+        Raises:
+            LinkError: If the server did not confirm it.
+        """
+        request = federation_pb2.LeaveRequest(
+            run_id=run_id, client=self._client, agent_id=self._agent_id, for_good=for_good
+        )
+        with translated():
+            self._federation.Leave(request, timeout=_LEAVE_S)
 
 
 @contextmanager
