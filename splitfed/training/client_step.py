@@ -4,8 +4,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from splitfed.config import TrainingSection
 from splitfed.errors import NonFiniteLoss
 from splitfed.models import Segment, adapter_parameters, adapter_state, load_adapter_state
+from splitfed.privacy.per_example import PerExampleMechanism
 from splitfed.training.data import Batch, Example, collate
 from splitfed.training.link import Link, Place
 from splitfed.training.objective import IGNORED_LABEL
 from splitfed.training.optimiser import StepOptimiser
+from splitfed.training.per_example import GradientSum, PerExampleLayers, RecordedPass
 from splitfed.training.releases import Releases
 from splitfed.training.seeds import derive_seed
 
@@ -74,7 +76,29 @@ class _InFlight:
     place: Place
     batch: Batch
     bottom_BTD: Tensor
+    bottom_pass: RecordedPass | None
     output: Future[Tensor]
+
+
+@dataclass
+class _Returning:
+    """A micro-batch between the backward of its top and that of its bottom."""
+
+    sent: _InFlight
+    top_pass: RecordedPass | None
+    smashed_gradient: Future[Tensor | None]
+
+
+@dataclass
+class _Step:
+    """A local step on its way."""
+
+    link: Link
+    round: int
+    divisor: float
+    gradients: GradientSum | None
+    waiting: deque[_InFlight] = field(default_factory=deque)
+    returning: deque[_Returning] = field(default_factory=deque)
 
 
 class ClientTrainer:
@@ -113,6 +137,8 @@ class ClientTrainer:
         self._loss = loss
         self._bottom_trains = bool(adapter_parameters(bottom))
         self.optimiser = StepOptimiser({**adapter_parameters(bottom), **adapter_parameters(top)}, training)
+        self._per_example: PerExampleMechanism | None = releases.per_example if self.is_training else None
+        self._layers = {} if self._per_example is None else {s.kind: PerExampleLayers(s) for s in (bottom, top)}
 
     @property
     def is_training(self) -> bool:
@@ -154,19 +180,21 @@ class ClientTrainer:
         """
         batches = self._micro_batches(examples)
         label_tokens = sum(count_label_tokens(batch.labels_BT) for batch in batches)
-        divisor = self._divisor(label_tokens)
-        waiting: deque[_InFlight] = deque()
-        returning: deque[tuple[Tensor, Future[Tensor | None]]] = deque()
+        under_way = _Step(link, round, self._divisor(label_tokens), self._new_sum())
         loss_sum = 0.0
         for index, batch in enumerate(batches):
-            if len(waiting) == self._training.max_in_flight:
-                loss_sum += self._turn(link, waiting.popleft(), divisor, round, returning)
-            waiting.append(self._send(link, Place(step, index), batch, round))
-        while waiting:
-            loss_sum += self._turn(link, waiting.popleft(), divisor, round, returning)
+            if len(under_way.waiting) == self._training.max_in_flight:
+                loss_sum += self._turn(under_way)
+            self._send(under_way, Place(step, index), batch)
+        while under_way.waiting:
+            loss_sum += self._turn(under_way)
         applied = link.step(step)
-        while returning:
-            self._finish(*returning.popleft())
+        while under_way.returning:
+            self._finish(under_way)
+        if under_way.gradients is not None:
+            records = [record for batch in batches for record in batch.records]
+            noisy = self.releases.adapter_gradient(under_way.gradients.sums, records=records, round=round, step=step)
+            self.optimiser.set_gradients({name: total / self._training.batch_size for name, total in noisy.items()})
         self.optimiser.step((round - 1) * self._training.local_steps + step)
         applied.result()
         sent_tokens = sum(batch.input_ids_BT.numel() for batch in batches)
@@ -190,58 +218,86 @@ class ClientTrainer:
             return float(self._training.batch_size * self._training.max_tokens)
         return float(max(label_tokens, 1))
 
-    def _send(self, link: Link, place: Place, batch: Batch, round: int) -> _InFlight:
-        self.bottom.train()
-        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self._bottom_trains):
-            torch.manual_seed(self._stream("bottom", round, place))
-            bottom_BTD = self.releases.smashed(
-                self.bottom(batch.input_ids_BT), records=batch.records, round=round, place=place
-            )
-        with refusing_what_is_not_finite("smashed data", round, place):
-            output = link.forward(place, bottom_BTD.detach(), wants_smashed_gradient=self._bottom_trains)
-        return _InFlight(place, batch, bottom_BTD, output)
+    def _new_sum(self) -> GradientSum | None:
+        """Start a step's sum of clipped per-example gradients, with DP-SGD on."""
+        if self._per_example is None:
+            return None
+        shapes = {name: shape for layers in self._layers.values() for name, shape in layers.shapes.items()}
+        return GradientSum(self._per_example, shapes)
 
-    def _turn(
-        self,
-        link: Link,
-        sent: _InFlight,
-        divisor: float,
-        round: int,
-        returning: deque[tuple[Tensor, Future[Tensor | None]]],
-    ) -> float:
-        """Take a trunk output through the top and send the output gradient back."""
+    def _recording(self, segment: Segment, batch: Batch) -> AbstractContextManager[RecordedPass | None]:
+        """Record a segment's forward for per-example gradients, with DP-SGD on."""
+        return self._layers[segment.kind].recording(batch.input_ids_BT) if self._layers else nullcontext()
+
+    def _send(self, under_way: _Step, place: Place, batch: Batch) -> None:
+        """Take a micro-batch through the bottom and send the smashed data."""
+        self.bottom.train()
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.set_grad_enabled(self._bottom_trains),
+            self._recording(self.bottom, batch) as bottom_pass,
+        ):
+            torch.manual_seed(self._stream("bottom", under_way.round, place))
+            bottom_BTD = self.releases.smashed(
+                self.bottom(batch.input_ids_BT), records=batch.records, round=under_way.round, place=place
+            )
+        with refusing_what_is_not_finite("smashed data", under_way.round, place):
+            output = under_way.link.forward(place, bottom_BTD.detach(), wants_smashed_gradient=self._bottom_trains)
+        under_way.waiting.append(_InFlight(place, batch, bottom_BTD, bottom_pass, output))
+
+    def _turn(self, under_way: _Step) -> float:
+        """Take the oldest trunk output through the top and send the output gradient back."""
+        sent, round = under_way.waiting.popleft(), under_way.round
         trunk_output_BTD = sent.output.result().requires_grad_()
         self.top.train()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self._recording(self.top, sent.batch) as top_pass:
             torch.manual_seed(self._stream("top", round, sent.place))
-            loss = self._loss(self.top(trunk_output_BTD).logits, sent.batch.labels_BT, divisor)
+            loss = self._loss(self.top(trunk_output_BTD).logits, sent.batch.labels_BT, under_way.divisor)
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLoss(
                 f"The loss of step {sent.place.step} in round {round} is {value}; nothing was sent back. "
                 "Lower the learning rate or the noise, and start the agent again."
             )
-        loss.backward()
-        gradient_BTD = trunk_output_BTD.grad
-        assert gradient_BTD is not None
-        if self.releases.is_noisy:  # of per-sequence losses: the batch's divisor comes after the noise
-            gradient_BTD *= self._training.batch_size
+        gradient_BTD = self._back_through_the_top(loss, trunk_output_BTD, top_pass)
         gradient_BTD = self.releases.output_gradient(
             gradient_BTD, records=sent.batch.records, round=round, place=sent.place
         )
         if self.releases.is_noisy:
             gradient_BTD = gradient_BTD / self._training.batch_size
         with refusing_what_is_not_finite("output gradient", round, sent.place):
-            returning.append((sent.bottom_BTD, link.backward(sent.place, gradient_BTD)))
-        while len(returning) > self._training.max_in_flight:
-            self._finish(*returning.popleft())
-        return value * divisor
+            smashed_gradient = under_way.link.backward(sent.place, gradient_BTD)
+        if under_way.gradients is not None and top_pass is not None and not self._bottom_trains:
+            under_way.gradients.add(top_pass)
+        under_way.returning.append(_Returning(sent, top_pass, smashed_gradient))
+        while len(under_way.returning) > self._training.max_in_flight:
+            self._finish(under_way)
+        return value * under_way.divisor
 
-    def _finish(self, bottom_BTD: Tensor, smashed_gradient: Future[Tensor | None]) -> None:
-        """Take a smashed gradient through the bottom."""
-        gradient_BTD = smashed_gradient.result()
-        if gradient_BTD is not None and bottom_BTD.requires_grad:
+    def _back_through_the_top(self, loss: Tensor, trunk_output_BTD: Tensor, top_pass: RecordedPass | None) -> Tensor:
+        """Give the gradient at the trunk output; with noise on, of per-sequence losses: the batch's divisor is last."""
+        if top_pass is not None:
+            gradient_BTD = top_pass.backward(loss * self._training.batch_size, wrt=trunk_output_BTD)
+            assert gradient_BTD is not None
+            return gradient_BTD
+        loss.backward()
+        assert trunk_output_BTD.grad is not None
+        if self.releases.is_noisy:
+            trunk_output_BTD.grad *= self._training.batch_size
+        return trunk_output_BTD.grad
+
+    def _finish(self, under_way: _Step) -> None:
+        """Take the oldest smashed gradient through the bottom."""
+        back = under_way.returning.popleft()
+        bottom_BTD, bottom_pass = back.sent.bottom_BTD, back.sent.bottom_pass
+        gradient_BTD = back.smashed_gradient.result()
+        if gradient_BTD is None or not bottom_BTD.requires_grad:
+            return
+        if under_way.gradients is None or bottom_pass is None or back.top_pass is None:
             bottom_BTD.backward(gradient_BTD)
+            return
+        bottom_pass.backward(bottom_BTD, gradient_BTD * self._training.batch_size)
+        under_way.gradients.add(bottom_pass, back.top_pass)
 
     def _stream(self, segment: str, round: int, place: Place) -> int:
         return derive_seed(self._seed, segment, round, self._client, place.step, place.micro_batch)

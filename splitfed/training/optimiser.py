@@ -44,6 +44,15 @@ class StepOptimiser:
         self._adamw.step()
         self._adamw.zero_grad()
 
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Put these in place of what autograd has gathered.
+
+        Args:
+            gradients: One for every trained parameter, by whole-model name, in its shape; any floating-point dtype.
+        """
+        for name, parameter in self._parameters.items():
+            parameter.grad = gradients[name].to(parameter.dtype)
+
     def clear_gradients(self) -> None:
         """Forget gradients that were gathered and not applied."""
         if self._adamw is not None:

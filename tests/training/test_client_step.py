@@ -1,7 +1,7 @@
 """A local step gives the same numbers however it crosses the link, and stops before it sends what is not finite."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from splitfed.errors import NonFiniteLoss, PrivacyError, RoundLost
 from splitfed.models import adapter_parameters, load_adapter_state
 from splitfed.privacy import Ledger
 from splitfed.training.client_step import causal_lm_loss, count_label_tokens
+from splitfed.training.data import Example
 from splitfed.training.link import Link, Place
 from splitfed.training.objective import IGNORED_LABEL
 from splitfed.training.releases import OpenReleases, Releases
@@ -53,8 +54,8 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-def run_steps(client: SplitClient) -> list[float]:
-    return [client.trainer.step(client.link, TEXTS, round=1, step=step).loss for step in range(2)]
+def run_steps(client: SplitClient, texts: Sequence[Example] = TEXTS) -> list[float]:
+    return [client.trainer.step(client.link, texts, round=1, step=step).loss for step in range(2)]
 
 
 # The loss

@@ -170,3 +170,15 @@ def test_gradients_are_cleared_by_a_step_and_on_request() -> None:
     set_gradients(named, 1)
     optimiser.clear_gradients()
     assert [parameter.grad for parameter in named.values()] == [None, None]
+
+
+def test_given_gradients_take_the_place_of_those_that_autograd_gathered() -> None:
+    ours, theirs = parameters(), parameters()
+    set_gradients(theirs, 1)
+    given = {name: parameter.grad.double() for name, parameter in theirs.items() if parameter.grad is not None}
+    set_gradients(ours, 0)
+    optimiser = StepOptimiser(ours, settings())
+    optimiser.set_gradients(given)
+    optimiser.step(2)
+    StepOptimiser(theirs, settings()).step(2)
+    assert_same_bits(values(ours), values(theirs))
