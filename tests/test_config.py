@@ -67,8 +67,28 @@ def test_a_minimal_server_file_has_the_documented_defaults(
 
 
 def test_noise_is_on_unless_it_is_set_to_0(agent: Callable[[str], AgentConfig]) -> None:
-    assert agent(AGENT).privacy.noise_multiplier > 0
-    assert agent(AGENT + "[privacy]\nnoise_multiplier = 0\n").privacy.noise_multiplier == 0
+    assert agent(AGENT).privacy.is_on is True
+    assert agent(AGENT + "[privacy]\nnoise_multiplier = 0\n").privacy.is_on is False
+
+
+def test_the_owner_s_word_outranks_the_run_s_and_what_is_left_out_is_the_run_s(
+    server: Callable[[str], ServerConfig], agent: Callable[[str], AgentConfig]
+) -> None:
+    run = server(SERVER + "[privacy]\nnoise_multiplier = 0.5\nclipping_norm_smashed = 3.0\n").shared().privacy
+    said = agent(AGENT + "[privacy]\nclipping_norm_smashed = 2.0\ndelta = 1e-5\n").privacy.over(run)
+    assert (said.noise_multiplier, said.clipping_norm_smashed) == (0.5, 2.0)
+    said = agent(AGENT + "[privacy]\nepsilon = 8.0\n").privacy.over(run)
+    assert (said.noise_multiplier, said.epsilon, said.clipping_norm_smashed) == (None, 8.0, 3.0)
+    said = agent(AGENT + "[privacy]\nnoise_multiplier = 0\n").privacy.over(said)
+    assert (said.noise_multiplier, said.epsilon, said.is_on) == (0, None, False)
+
+
+def test_what_does_not_go_together_with_the_run_is_refused(
+    server: Callable[[str], ServerConfig], agent: Callable[[str], AgentConfig]
+) -> None:
+    run = server(SERVER).shared().privacy
+    with pytest.raises(ValidationError, match="needs eta"):
+        agent(AGENT).privacy.over(run.model_copy(update={"smashed": "metric"}))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +98,7 @@ def test_noise_is_on_unless_it_is_set_to_0(agent: Callable[[str], AgentConfig]) 
         ("[trainig]\nrounds = 3", "unknown key trainig; did you mean training?"),
         ("[tls]\ncertficate = 'a'", "unknown key tls.certficate; did you mean tls.certificate?"),
         ("[codecs]\nzzz = 3", "unknown key codecs.zzz; [codecs] has smashed, trunk_output, output_gradient, "),
-        ("[zzz]\n", "unknown key zzz; the file has run, model, lora, training, federation, codecs, server, tls"),
+        ("[zzz]\n", "unknown key zzz; the file has run, model, lora, training, federation, codecs, privacy, server, tls"),
         ("[training]\nrounds = '3'", "training.rounds must be an integer, but is the string '3'"),
         ("[training]\nrounds = 3.5", "training.rounds must be an integer, but is the number 3.5"),
         ("[training]\nrounds = true", "training.rounds must be an integer, but is the boolean true"),
@@ -132,8 +152,17 @@ def test_a_wrong_server_file_is_explained(server: Callable[[str], ServerConfig],
         ("[privacy]\ndelta = 1", "privacy.delta must be below 1.0, but is the integer 1"),
         (
             "[privacy]\nnoise_multiplier = 0\nepsilon_budget = 3",
-            "privacy.epsilon_budget is 3.0, but without noise no budget can be kept; set noise_multiplier above 0",
+            "[privacy] epsilon_budget is 3, but without noise no budget can be kept; set noise_multiplier above 0",
         ),
+        (
+            "[privacy]\nnoise_multiplier = 1.0\nepsilon = 3",
+            "[privacy] epsilon = 3 and noise_multiplier = 1 exclude each other; leave one of them out",
+        ),
+        ("[privacy]\nnoise_multiplier = nan", "privacy.noise_multiplier must be a finite number, but is the number nan"),
+        ("[privacy]\neta = 1.0", '[privacy] eta and smashed = "metric" belong together; give both or neither'),
+        ('[privacy]\nsmashed = "metric"', '[privacy] smashed = "metric" needs eta'),
+        ("[privacy]\nsample_rate = 0.1", '[privacy] sample_rate needs relation = "zero-out" and adapter = "dp-sgd"'),
+        ("[privacy]\nprotected_channels = ['loss']", "privacy.protected_channels[0] must be 'smashed'"),
         (
             "held_out_path = 'b.csv'\nheld_out_fraction = 0.1",
             "data.held_out_fraction is 0.1 although held_out_path is set; keep one of the two",

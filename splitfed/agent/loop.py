@@ -2,14 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from torch import Tensor
+
 from splitfed.agent.leaving import leave
 from splitfed.agent.local_round import LocalRound, evaluate_locally, train_locally
+from splitfed.agent.policy import agree
 from splitfed.agent.prepare import Prepared, prepare
 from splitfed.agent.progress import Progress
 from splitfed.agent.segments import fetch_segments
@@ -19,7 +22,7 @@ from splitfed.compress import get_codec
 from splitfed.config import AgentConfig, RunConfig
 from splitfed.errors import JoinRefused, RoundLost, ServerUnreachable
 from splitfed.models import resolve_base
-from splitfed.privacy import RELATION, UNIT, Ledger, epsilon
+from splitfed.privacy import CHANNELS, UNIT, Ledger, witness_folder
 from splitfed.proto.v1 import training_pb2
 from splitfed.training.link import Traffic, link_codecs
 from splitfed.transport.backoff import Backoff
@@ -52,7 +55,7 @@ class Agent:
         self._state = state
         self._progress = progress
         self._clock = clock
-        self._ledger = Ledger(state.ledger_path)
+        self._ledger = Ledger(state.ledger_path, witnesses=witness_folder())
         self._prepared: Prepared | None = None
         self._joined: str | None = None
         self._backoff = Backoff(config.agent.retry_for_s)
@@ -136,7 +139,7 @@ class Agent:
         started_s = self._clock()
         traffic, adapter_traffic = Traffic(), Traffic()
         trainer, training = prepared.trainer, prepared.run.training
-        self._start_from(calls, prepared, round, adapter_traffic)
+        start = self._start_from(calls, prepared, round, adapter_traffic)
         with self._open_link(calls, prepared, round, traffic) as link:
             local = train_locally(
                 link,
@@ -149,19 +152,19 @@ class Agent:
             )
             held_out_loss = evaluate_locally(link, prepared, round=round)
         self._state.keep_optimiser(prepared.run_key, round, trainer.optimiser.state())
-        self._submit(calls, prepared, round, local, held_out_loss, adapter_traffic)
-        delta = self._config.privacy.delta
+        self._submit(calls, prepared, round, start, local, held_out_loss, adapter_traffic)
+        privacy = prepared.privacy
         line = {
             "round": round,
             "training_loss": local.loss,
             "step_losses": local.losses,
             "held_out_loss": held_out_loss,
-            "epsilon": {channel: self._ledger.spent(channel, delta) for channel in ("smashed", "output_gradient")},
-            "epsilon_per_release": epsilon([(self._config.privacy.noise_multiplier, 1)], delta),
+            "epsilon": {channel: self._ledger.spent(channel) for channel in CHANNELS if channel != "loss"},
+            "epsilon_total": self._ledger.spent(None),
             "total": self._ledger.total_statement(),
-            "delta": delta,
+            "delta": privacy.delta,
             "unit": UNIT,
-            "relation": RELATION,
+            "relation": privacy.relation,
             "tokens": local.sent_tokens,
             "bytes_up": traffic.sent_bytes + adapter_traffic.sent_bytes,
             "bytes_down": traffic.received_bytes + adapter_traffic.received_bytes,
@@ -172,8 +175,8 @@ class Agent:
         self._state.write_metrics(prepared.run_id, line)
         self._progress.round_is_over(line, training.rounds)
 
-    def _start_from(self, calls: ServerCalls, prepared: Prepared, round: int, traffic: Traffic) -> None:
-        """Put the adapters and the optimiser at the round's beginning."""
+    def _start_from(self, calls: ServerCalls, prepared: Prepared, round: int, traffic: Traffic) -> dict[str, Tensor]:
+        """Put the adapters and the optimiser at the round's beginning; give those adapters."""
         trainer = prepared.trainer
         shapes = {name: tuple(tensor.shape) for name, tensor in trainer.adapter_state().items()}
         codec = get_codec(prepared.run.codecs.adapter)
@@ -184,6 +187,7 @@ class Agent:
             _log.warning("the optimiser's state after round %d is not here; it starts afresh", round - 1)
         trainer.optimiser.clear_gradients()
         trainer.optimiser.load(state or {})
+        return ends
 
     def _open_link(self, calls: ServerCalls, prepared: Prepared, round: int, traffic: Traffic) -> GrpcLink:
         opening = training_pb2.OpenRound(
@@ -208,19 +212,20 @@ class Agent:
         calls: ServerCalls,
         prepared: Prepared,
         round: int,
+        start: Mapping[str, Tensor],
         local: LocalRound,
         held_out_loss: float | None,
         traffic: Traffic,
     ) -> None:
-        """Charge what leaves unprotected, then send it."""
+        """Let the adapters pass the gate, charge a loss that is shared, then send both."""
         shares = self._config.agent.share_loss
-        for channel, leaves in (("adapter", prepared.trainer.is_training), ("loss", shares)):
-            if leaves:
-                self._ledger.charge(
-                    channel, noise_multiplier=0, records=[], sequences=1, run=prepared.run_id, round=round, step=0
-                )
+        if shares:
+            self._ledger.charge(
+                "loss", noise_multiplier=0, records=[], sequences=1, run=prepared.run_id, round=round, step=0
+            )
         report = RoundReport(local.sent_tokens, local.loss if shares else None, held_out_loss if shares else None)
-        state = prepared.trainer.adapter_state()
+        trainer = prepared.trainer
+        state = trainer.releases.adapter_update(start, trainer.adapter_state(), round=round)
         codec = get_codec(prepared.run.codecs.adapter)
         self._persistently(lambda: calls.submit_adapter(prepared.run_id, round, state, codec, report, traffic))
 
@@ -236,7 +241,8 @@ class Agent:
     def _prepare(self, run: RunConfig, calls: ServerCalls) -> Prepared:
         """Load segments and data for a run, once."""
         if self._prepared is None:
-            self._prepared = prepare(self._config, run, self._base_folder(run, calls), self._ledger)
+            privacy = agree(self._config.privacy, run)
+            self._prepared = prepare(self._config, run, privacy, self._base_folder(run, calls), self._ledger)
             self._progress.policy(self._prepared.privacy, is_training=self._prepared.trainer.is_training)
         if self._prepared.run != run:
             raise JoinRefused(

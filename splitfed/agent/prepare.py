@@ -5,13 +5,14 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitfed.agent.gate import open_gate, settle
+from splitfed.agent.policy import refuse_weak_noise
 from splitfed.agent.tokenizer import open_tokenizer
 from splitfed.config import AgentConfig, PrivacySection, RunConfig
-from splitfed.models import TensorIdentity, canonical_config, segment_tensor_names, tensor_hashes
+from splitfed.models import TensorIdentity, adapter_parameters, canonical_config, segment_tensor_names, tensor_hashes
 from splitfed.privacy import Ledger
 from splitfed.training.client_step import ClientTrainer
 from splitfed.training.data import ExampleSet, load_examples
+from splitfed.training.protection import Workload, open_gate, settle_clip, settle_noise
 from splitfed.training.setup import open_bottom_and_top
 
 _log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ class Prepared:
         blocks: Blocks of the trunk.
         config_sha256: Hash of the base model's configuration.
         tensors: Identity of each tensor of the agent's segments.
-        privacy: The owner's policy, settled.
+        privacy: What holds on this device, settled.
+        weight: The agent's weight in every mean: with noise on a configured count, because the true one says something.
     """
 
     run: RunConfig
@@ -40,6 +42,7 @@ class Prepared:
     config_sha256: str
     tensors: dict[str, TensorIdentity]
     privacy: PrivacySection
+    weight: int
 
     @property
     def run_id(self) -> str:
@@ -51,27 +54,22 @@ class Prepared:
         """Name of this run and no other, for files that outlive it: its id, and a hash of its configuration."""
         return f"{self.run_id}-{hashlib.sha256(self.run.model_dump_json().encode()).hexdigest()[:12]}"
 
-    @property
-    def weight(self) -> int:
-        """The agent's weight in every mean: with noise on a configured count, because the true one says something."""
-        if self.privacy.aggregation_weight is not None:
-            return self.privacy.aggregation_weight
-        return 1 if self.trainer.releases.is_noisy else len(self.train)
 
-
-def prepare(config: AgentConfig, run: RunConfig, folder: Path, ledger: Ledger) -> Prepared:
+def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder: Path, ledger: Ledger) -> Prepared:
     """Load segments and data for a run, and set the ledger's policy.
 
     Args:
         config: The agent's configuration.
         run: The run's.
+        privacy: What holds on this device.
         folder: The base model, or this agent's side of it.
         ledger: Where releases will be charged.
 
     Raises:
         WeightsError: If the base model cannot be loaded.
         DataError: If the data cannot be used.
-        ConfigError: If the adapter's targets are not in the model.
+        ConfigError: If the adapter's targets are not in the model, or no noise keeps the epsilon that was asked for.
+        JoinRefused: If the noise that was settled on is weaker than the owner allows.
     """
     config_sha256 = canonical_config(folder)
     bottom, top = open_bottom_and_top(folder, run.model, run.lora, seed=run.run.seed)
@@ -81,19 +79,28 @@ def prepare(config: AgentConfig, run: RunConfig, folder: Path, ledger: Ledger) -
         config.data, tokenizer, max_tokens=run.training.max_tokens, record_hash=ledger.record_hash
     )
     _log.info("%d examples to train on, %d held out", len(train), len(held_out))
-    privacy = settle(config.privacy, bottom)
+    workload = Workload(
+        run.training,
+        train.sequence_records,
+        held_out.sequence_records,
+        bottom_trains=bool(adapter_parameters(bottom)),
+        top_trains=bool(adapter_parameters(top)),
+    )
+    privacy = settle_noise(settle_clip(privacy, bottom), workload)
+    refuse_weak_noise(config.privacy, privacy, run.run.name)
+    ledger.set_policy(delta=privacy.delta, epsilon_budget=config.privacy.epsilon_budget, relation=privacy.relation)
     trainer = ClientTrainer(
         bottom,
         top,
         run.training,
-        open_gate(privacy, ledger, run.run.name),
+        open_gate(privacy, ledger, run.run.name, bottom=bottom, top=top, workload=workload),
         client=config.agent.name,
         seed=run.run.seed,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
-    ledger.set_policy(
-        coupled=trainer.is_training, delta=config.privacy.delta, epsilon_budget=config.privacy.epsilon_budget
-    )
+    weight = config.privacy.aggregation_weight
+    if weight is None:
+        weight = 1 if trainer.releases.is_noisy else len(train)
     return Prepared(
         run=run,
         trainer=trainer,
@@ -103,4 +110,5 @@ def prepare(config: AgentConfig, run: RunConfig, folder: Path, ledger: Ledger) -
         config_sha256=config_sha256,
         tensors=tensor_hashes(folder, names["bottom"] | names["top"]),
         privacy=privacy,
+        weight=weight,
     )

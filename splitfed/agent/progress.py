@@ -9,13 +9,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from splitfed.config import PrivacySection
-from splitfed.privacy import RELATION, UNIT, format_epsilon
+from splitfed.privacy import format_epsilon
 
 _log = logging.getLogger(__name__)
 
 _LINES_A_ROUND = 5
 _MEGABYTE = 1e6
-_CHANNELS = {"smashed": "smashed data", "output_gradient": "output gradients"}
+_CHANNELS = {"smashed": "smashed data", "output_gradient": "output gradients", "adapter": "adapter update"}
 
 
 class Progress:
@@ -42,20 +42,33 @@ class Progress:
 
     def policy(self, privacy: PrivacySection, *, is_training: bool) -> None:
         """Say what the device's gate does."""
-        if privacy.noise_multiplier == 0:
+        if not privacy.is_on:
             _log.warning("noise is off (noise_multiplier = 0): nothing is guaranteed about what leaves this device")
             return
+        _log.info("noise is on; every epsilon is for delta %g and the relation %s", privacy.delta, privacy.relation)
+        smashed = f"unit {privacy.smashed}, noise multiplier {privacy.noise_multiplier:g}"
+        if privacy.smashed == "metric":
+            smashed = f"metric privacy, eta {privacy.eta:g}, and no epsilon"
+        else:
+            smashed += f", clip {privacy.clipping_norm_smashed:g}"
+        _log.info("privacy of the smashed data: %s", smashed)
         _log.info(
-            "noise is on: multiplier %g, unit %s, relation %s, delta %g; smashed data clipped to %g a token, output "
-            "gradients to %g; %s",
+            "privacy of the output gradients: unit %s, noise multiplier %g, clip %g",
+            privacy.output_gradient,
             privacy.noise_multiplier,
-            UNIT,
-            RELATION,
-            privacy.delta,
-            privacy.clipping_norm_smashed,
             privacy.clipping_norm_output_gradient,
-            "the adapter update leaves unprotected" if is_training else "nothing is trained on this device",
         )
+        if not is_training:
+            _log.info("nothing is trained on this device, so no adapter update leaves it")
+        elif privacy.adapter == "none":
+            _log.warning('the adapter update leaves unprotected (adapter = "none")')
+        else:
+            _log.info(
+                "privacy of the adapter update: %s, noise multiplier %g, clip %g",
+                privacy.adapter,
+                privacy.noise_multiplier_adapter or privacy.noise_multiplier,
+                privacy.clipping_norm_adapter,
+            )
 
     def fetched(self, done_bytes: int, total_bytes: int) -> None:
         """Report the fetching of the base model."""
@@ -88,20 +101,13 @@ class Progress:
             line["bytes_down"] / _MEGABYTE,
             line["seconds"],
         )
+        terms = f"delta {line['delta']:g}, unit {line['unit']}, relation {line['relation']}"
         for channel, epsilon in line["epsilon"].items():
-            name = _CHANNELS[channel]
-            if epsilon is None:
-                _log.info("privacy of the %s: nothing is guaranteed", name)
-            else:
-                _log.info(
-                    "privacy of the %s: epsilon %s for one release, %s for all so far; delta %g, unit %s, relation %s",
-                    name,
-                    format_epsilon(line["epsilon_per_release"]),
-                    format_epsilon(epsilon),
-                    line["delta"],
-                    line["unit"],
-                    line["relation"],
+            if epsilon != 0:
+                guarantee = (
+                    "nothing is guaranteed" if epsilon is None else f"epsilon {format_epsilon(epsilon)}, {terms}"
                 )
+                _log.info("privacy of the %s so far: %s", _CHANNELS[channel], guarantee)
         _log.info("privacy in total: %s", line["total"])
 
     def finish(self, run_id: str) -> None:

@@ -1,8 +1,15 @@
 """The run file: what a server and an agent are told, checked before anything heavy is imported."""
 
 from splitfed.config.address import is_loopback, parse_address, refuse_plain_text
-from splitfed.config.agent import AgentConfig, AgentSection, DataSection, PrivacySection
+from splitfed.config.agent import AgentConfig, AgentSection, DataSection
 from splitfed.config.load import load_agent_config, load_server_config
+from splitfed.config.privacy import (
+    DEFAULT_NOISE_MULTIPLIER,
+    AgentPrivacySection,
+    ChannelName,
+    PrivacySection,
+    refuse_unsound,
+)
 from splitfed.config.run import (
     CodecName,
     CodecSection,
@@ -18,8 +25,11 @@ from splitfed.config.server import RunSection, ServerConfig, ServerSection
 from splitfed.config.write import to_toml
 
 __all__ = [
+    "DEFAULT_NOISE_MULTIPLIER",
     "AgentConfig",
+    "AgentPrivacySection",
     "AgentSection",
+    "ChannelName",
     "CodecName",
     "CodecSection",
     "DataSection",
@@ -40,5 +50,6 @@ __all__ = [
     "load_server_config",
     "parse_address",
     "refuse_plain_text",
+    "refuse_unsound",
     "to_toml",
 ]

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from splitfed.config.privacy import AgentPrivacySection
 from splitfed.config.section import (
     Base,
     LocalPath,
@@ -14,8 +15,6 @@ from splitfed.config.section import (
     TlsSection,
     beside_file,
 )
-
-ClippingNorm = Annotated[float, Field(ge=1e-20, le=1e20)]
 
 
 class AgentSection(Section):
@@ -86,34 +85,10 @@ class DataSection(Section):
         return value
 
 
-class PrivacySection(Section):
-    """The agent's own policy, which outranks the run's. Noise is on unless it is set to 0."""
-
-    noise_multiplier: Annotated[float, Field(ge=0)] = 0.002
-    """Standard deviation of the noise ÷ sensitivity, for each release; 0 = nothing is guaranteed."""
-    clipping_norm_smashed: ClippingNorm | None = None
-    """Largest L2 norm of a token's smashed data; longer ones are scaled down; left out = what is usual in the model."""
-    clipping_norm_output_gradient: ClippingNorm = 0.01
-    """Largest L2 norm of one token's output gradient; longer ones are scaled down."""
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """The delta at which epsilon is stated."""
-    epsilon_budget: Annotated[float, Field(gt=0)] | None = None
-    """Stop before either channel's epsilon passes this; left out = report only."""
-    aggregation_weight: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    """Weight of this agent's adapter in the average; left out = 1 with noise on, the number of examples without."""
-
-    @field_validator("epsilon_budget")
-    @classmethod
-    def _budget_needs_noise(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is not None and info.data.get("noise_multiplier") == 0:
-            raise ValueError(f"is {value}, but without noise no budget can be kept; set noise_multiplier above 0")
-        return value
-
-
 class AgentConfig(Section):
     """Everything in an agent's file."""
 
     agent: AgentSection
     data: DataSection
-    privacy: PrivacySection = PrivacySection()
+    privacy: AgentPrivacySection = AgentPrivacySection()
     tls: TlsSection | None = None

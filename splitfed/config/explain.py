@@ -48,6 +48,8 @@ def explain(error: ValidationError, config_class: type[BaseModel]) -> str:
         return _unknown_key(first, config_class)
     if first["type"] == "missing":
         return _missing_key(first, config_class)
+    if first["type"] == "value_error" and _section_at(first["loc"], config_class) is not None:
+        return f"[{_dotted(first['loc'])}] {_wrong_value(first)}"
     return f"{_dotted(first['loc'])} {_wrong_value(first)}"
 
 

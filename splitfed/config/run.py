@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from splitfed.config.privacy import PrivacySection
 from splitfed.config.section import Base, Name, Section
 
 CodecName = Literal["none", "bf16", "fp16", "int8"]
@@ -114,3 +115,4 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     federation: FederationSection = FederationSection()
     codecs: CodecSection = CodecSection()
+    privacy: PrivacySection = PrivacySection()

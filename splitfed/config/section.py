@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
@@ -14,6 +14,9 @@ DEMO_BASE = "demo"
 
 class Section(BaseModel):
     """A table of a configuration file: unknown keys are refused, types are not converted, values do not change."""
+
+    writes_defaults: ClassVar[bool] = True
+    """Whether a copy of the file spells out what was left out."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from splitfed.config.privacy import PrivacySection, refuse_unsound
 from splitfed.config.run import (
     CodecSection,
     FederationSection,
@@ -46,8 +47,16 @@ class ServerConfig(Section):
     training: TrainingSection = TrainingSection()
     federation: FederationSection = FederationSection()
     codecs: CodecSection = CodecSection()
+    privacy: PrivacySection = PrivacySection()
     server: ServerSection = ServerSection()
     tls: TlsSection | None = None
+
+    @field_validator("privacy")
+    @classmethod
+    def _fits_the_split_point(cls, value: PrivacySection, info: ValidationInfo) -> PrivacySection:
+        if (model := info.data.get("model")) is not None:
+            refuse_unsound(value, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks)
+        return value
 
     @property
     def run_id(self) -> str:
@@ -64,6 +73,7 @@ class ServerConfig(Section):
             training=self.training,
             federation=self.federation,
             codecs=self.codecs,
+            privacy=self.privacy,
         )
 
     def shared_json(self) -> str:

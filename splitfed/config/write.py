@@ -13,12 +13,16 @@ def to_toml(config: Section) -> str:
         config: A whole file: ``ServerConfig`` or ``AgentConfig``.
 
     Returns:
-        A table for each section, defaults included; keys that are not set are left out.
+        A table for each section; defaults are included, save where to leave a key out means something else.
     """
     blocks = []
     for name, section in config:
         if isinstance(section, Section):
-            keys = [f"{key} = {_literal(value)}" for key, value in section if value is not None]
+            keys = [
+                f"{key} = {_literal(value)}"
+                for key, value in section
+                if value is not None and (section.writes_defaults or key in section.model_fields_set)
+            ]
             blocks.append("\n".join([f"[{name}]", *keys]) + "\n")
     return "\n".join(blocks)
 

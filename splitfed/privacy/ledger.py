@@ -8,10 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from splitfed.errors import BudgetExhausted
+from splitfed.errors import BudgetExhausted, PrivacyError
+from splitfed.privacy.figures import format_epsilon
 from splitfed.privacy.ledger_file import LedgerFile
+from splitfed.privacy.mechanisms import RELATION, RELATIONS, UNIT, Unit
 from splitfed.privacy.salt import record_hash
-from splitfed.privacy.spending import Charge, Spending, total_statement
+from splitfed.privacy.spending import Channel, Charge, Spending
 
 
 class Ledger:
@@ -22,10 +24,11 @@ class Ledger:
     Args:
         path: The file, usually ``ledger.jsonl``; made if it is not there, with its salt beside it as ``ledger.salt``.
         clock: Seconds since 1970, for the rows.
+        witnesses: Folder that knows how far ledgers have come; None = an older copy goes unnoticed.
 
     Raises:
-        LedgerError: If the file cannot be opened, is held by another process, is damaged, or its salt is not the right
-            one.
+        LedgerError: If the file cannot be opened, is held by another process, is damaged, is an older copy, or its salt
+            is not the right one.
 
     Guarantees:
         * When ``charge`` returns, the charge is on disk: a process that is killed at any instant and opens the ledger
@@ -35,40 +38,42 @@ class Ledger:
         * A file that was cut in its last line opens; one that is damaged anywhere else does not.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self._file = LedgerFile(path, clock=clock)
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, witnesses: Path | None = None) -> None:
+        self._file = LedgerFile(path, clock=clock, witnesses=witnesses)
         self._lock = threading.Lock()
-        self._coupled = True
         self._delta = 1e-5
+        self._relation: str = RELATION
         self._epsilon_budget = math.inf
         self._spending = Spending()
+        self._raw_runs: set[str] = set()
         for row in self._file.take_rows():
-            self._spending.add(row)
+            self._add(row)
 
     @property
     def path(self) -> Path:
         """The ledger's file."""
         return self._file.path
 
-    def set_policy(self, *, coupled: bool = True, delta: float = 1e-5, epsilon_budget: float | None = None) -> None:
-        """Set how later charges count, and where they stop.
+    def set_policy(self, *, delta: float = 1e-5, epsilon_budget: float | None = None, relation: str = RELATION) -> None:
+        """Set where later charges stop, and how figures are stated.
 
         Args:
-            coupled: Whether what is released may depend on every record: true as soon as this device's adapters are, or
-                were, trained on raw records.
-            delta: The delta at which the budget is meant, between 0 and 1.
-            epsilon_budget: The largest epsilon that smashed data, and that output gradients, may reach; None = no
-                limit.
+            delta: The delta at which epsilon is meant, between 0 and 1.
+            epsilon_budget: The largest epsilon that a record may reach, over all channels, steps, rounds and runs;
+                None = no limit. With one, nothing unprotected may leave.
+            relation: The neighbouring relation: "replace-one" or "zero-out".
 
         Raises:
-            ValueError: If delta or the budget is outside its range.
+            ValueError: If an argument is outside its range.
         """
         if not 0 < delta < 1:
             raise ValueError(f"delta must be between 0 and 1, both excluded, not {delta}.")
         if epsilon_budget is not None and not epsilon_budget > 0:
             raise ValueError(f"An epsilon budget must be above 0, not {epsilon_budget}; leave it out for no limit.")
+        if relation not in RELATIONS:
+            raise ValueError(f"A relation is one of {', '.join(RELATIONS)}, not {relation!r}.")
         with self._lock:
-            self._coupled, self._delta = coupled, delta
+            self._delta, self._relation = delta, relation
             self._epsilon_budget = math.inf if epsilon_budget is None else epsilon_budget
 
     def record_hash(self, content: bytes) -> str:
@@ -86,11 +91,12 @@ class Ledger:
         round: int,
         step: int,
         kind: str = "train",
+        **mechanism: object,
     ) -> None:
         """Put a charge on disk; the release may leave when this has returned.
 
         Args:
-            channel: What leaves: "smashed", "output_gradient", "adapter" or "loss".
+            channel: What leaves: "smashed", "output_gradient", "adapter", "loss", or "step" for all of a step.
             noise_multiplier: Standard deviation of its noise ÷ sensitivity; 0 = unprotected.
             records: The record of each sequence.
             sequences: Releases: each sequence is one. An adapter update is one.
@@ -98,6 +104,7 @@ class Ledger:
             round: The round.
             step: The local step in the round.
             kind: What it is for: "train", "evaluate" or "generate".
+            **mechanism: Further fields of a `Charge`: whom the noise protects, and whether the release is coupled.
 
         Raises:
             BudgetExhausted: If this would pass the budget; nothing is written.
@@ -113,7 +120,7 @@ class Ledger:
             "round": round,
             "step": step,
             "kind": kind,
-            "coupled": self._coupled,
+            **mechanism,
         }
         self.charge_all([Charge.model_validate(charge)])
 
@@ -123,12 +130,14 @@ class Ledger:
         Raises:
             BudgetExhausted: If they would pass the budget; nothing is written.
             LedgerError: If they cannot be put on disk; the releases must not leave.
+            PrivacyError: If an example is said to be drawn in secret in a run that has trained on raw records.
         """
         with self._lock:
+            charges = [self._coupled_if_raw(charge) for charge in charges]
             self._check_budget(charges)
             self._file.append(charges)
             for charge in charges:
-                self._spending.add(charge)
+                self._add(charge)
 
     def would_exceed(self, charges: Sequence[Charge]) -> bool:
         """Tell whether the budget would refuse these charges together."""
@@ -139,27 +148,33 @@ class Ledger:
             return True
         return False
 
-    def spent(self, channel: str, delta: float | None = None) -> float | None:
+    def spent(self, channel: str | None, delta: float | None = None, *, unit: Unit = UNIT) -> float | None:
         """Give what all releases of a channel have cost the record that is worst off.
 
         Args:
-            channel: The channel.
+            channel: The channel; None = all together.
             delta: The delta to state epsilon at; left out = the policy's.
+            unit: Whose epsilon: a sequence's, or that of one of its tokens.
 
         Returns:
-            Epsilon for one sequence of that record under replace-one; 0 before the first release; None if nothing is
-            guaranteed.
+            Epsilon under the policy's relation; 0 before the first release; None if nothing is guaranteed.
 
         Raises:
             ValueError: If there is no such channel, or delta is not between 0 and 1.
         """
         with self._lock:
-            return self._spending.epsilon(channel, self._delta if delta is None else delta)
+            delta = self._delta if delta is None else delta
+            return self._spending.epsilon(channel, delta, unit=unit, relation=self._relation)
+
+    def eta(self, channel: Channel) -> float | None:
+        """Give a channel's metric guarantee so far, to be multiplied by a distance; None without one."""
+        with self._lock:
+            return self._spending.eta(channel)
 
     def total_statement(self) -> str:
         """Say what is guaranteed over all channels together."""
         with self._lock:
-            return total_statement(self._spending.unprotected())
+            return self._spending.total_statement(self._delta, relation=self._relation)
 
     def close(self) -> None:
         """Let another process have the ledger; charges are refused from now on."""
@@ -174,19 +189,44 @@ class Ledger:
     ) -> None:
         self.close()
 
+    def _add(self, charge: Charge) -> None:
+        self._spending.add(charge)
+        if charge.channel == "adapter" and (charge.unit == "client" or charge.noise_multiplier == 0):
+            self._raw_runs.add(charge.run)
+
+    def _coupled_if_raw(self, charge: Charge) -> Charge:
+        """Once a run's adapters were trained on raw records, nothing that it releases depends on its own records only.
+
+        Raises:
+            PrivacyError: If the charge says that its examples were drawn in secret: then that buys nothing.
+        """
+        if charge.coupled or charge.run not in self._raw_runs:
+            return charge
+        if charge.channel == "step":
+            raise PrivacyError(
+                f"The run {charge.run!r} has trained this device's adapters on raw records before, so that a secret "
+                "sample no longer hides a record; leave sample_rate out, or start another run."
+            )
+        return charge.model_copy(update={"coupled": True})
+
     def _check_budget(self, charges: Sequence[Charge]) -> None:
-        """Refuse charges that pass the budget of a channel that has a mechanism."""
+        """Refuse charges after which a record would have cost more than the budget."""
         if math.isinf(self._epsilon_budget):
             return
-        for channel in ("smashed", "output_gradient"):
-            if not any(charge.channel == channel for charge in charges):
-                continue
-            after = self._spending.epsilon_after(charges, channel, self._delta)
-            if after is None or after > self._epsilon_budget:
-                spent = self._spending.epsilon(channel, self._delta)
-                raise BudgetExhausted(
-                    f"The next release on the channel {channel} would pass the epsilon budget of "
-                    f"{self._epsilon_budget:g} at delta {self._delta:g}, of which "
-                    f"{'all' if spent is None else format(spent, '.4g')} is spent, so it was not made; "
-                    "raise epsilon_budget if the owner of the data agrees."
-                )
+        after = self._spending.epsilon_after(charges, None, self._delta, relation=self._relation)
+        if after is not None and after <= self._epsilon_budget:
+            return
+        open_channels = sorted({charge.channel for charge in charges if charge.noise_multiplier == 0})
+        if open_channels:
+            raise BudgetExhausted(
+                f"The next release on the channel {open_channels[0]} has no noise, so the epsilon budget of "
+                f"{self._epsilon_budget:g} cannot be kept, and it was not made; protect that channel, or leave "
+                "epsilon_budget out."
+            )
+        spent = self._spending.epsilon(None, self._delta, relation=self._relation)
+        channels = ", ".join(sorted({charge.channel for charge in charges}))
+        raise BudgetExhausted(
+            f"The next release ({channels}) would pass the epsilon budget of {self._epsilon_budget:g} at delta "
+            f"{self._delta:g}, of which {'all' if spent is None else format_epsilon(spent)} is spent, so it was not "
+            "made; raise epsilon_budget if the owner of the data agrees."
+        )

@@ -12,6 +12,7 @@ from splitfed.errors import LedgerError
 from splitfed.privacy.ledger_rows import Header, LedgerContents, Row, encode_line, parse_ledger
 from splitfed.privacy.salt import create_salt, load_salt, sync_directory
 from splitfed.privacy.spending import Charge
+from splitfed.privacy.witness import Witness
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ class LedgerFile:
     Args:
         path: The file; made if it is not there. Its salt is beside it, with the ending ``.salt``.
         clock: Seconds since 1970, for the rows.
+        witnesses: Folder that knows how far ledgers have come; None = an older copy goes unnoticed.
 
     Attributes:
         salt: The secret under which records are named.
@@ -34,17 +36,23 @@ class LedgerFile:
         * When ``append`` returns, its rows are on disk.
         * A second process, or a second object in this one, is refused until ``close``.
         * File and salt are readable by their owner alone.
+        * With witnesses, a file that holds less than this device has written to it is refused.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, witnesses: Path | None = None) -> None:
         self.path = path
         self._clock = clock
+        self._witness: Witness | None = None
         try:
             self._descriptor: int | None = _open_locked(path)
         except OSError as error:
             raise LedgerError(f"The ledger {path} cannot be opened: {error.strerror}.") from error
         try:
             contents, self.salt = self._open()
+            if witnesses is not None:
+                self._witness = Witness(witnesses, _digest(self.salt))
+                self._witness.compare(path, len(contents.rows), contents.check)
+                self._witness.note(len(contents.rows), contents.check)
         except OSError as error:
             self.close()
             raise LedgerError(f"The ledger {path} cannot be read or mended: {error.strerror}.") from error
@@ -81,12 +89,16 @@ class LedgerFile:
                 "mend that and start the agent again."
             ) from error
         self._check, self._rows = check, self._rows + len(lines)
+        if self._witness is not None:
+            self._witness.note(self._rows, self._check)
 
     def close(self) -> None:
         """Let another process have the file."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+        if self._witness is not None:
+            self._witness.close()
 
     def _open(self) -> tuple[LedgerContents, bytes]:
         """Read the file, mend its end, and begin it where it is empty."""

@@ -1,18 +1,17 @@
 """What a ledger says, for people and for programs."""
 
 from collections.abc import Iterable, Iterator
-from decimal import ROUND_CEILING, Context, Decimal
 from itertools import groupby
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import BaseModel
 
-from splitfed.privacy.accounting import epsilon
+from splitfed.privacy.figures import format_epsilon
 from splitfed.privacy.ledger_file import read_ledger
 from splitfed.privacy.ledger_rows import Row
-from splitfed.privacy.mechanisms import RELATION, UNIT
-from splitfed.privacy.spending import CHANNELS, Channel, Spending, total_statement
+from splitfed.privacy.mechanisms import RELATION, UNIT, Unit
+from splitfed.privacy.spending import CHANNELS, Channel, Spending
 
 _COLUMNS: Final = (
     "run",
@@ -20,12 +19,12 @@ _COLUMNS: Final = (
     "channel",
     "kind",
     "noise multiplier",
+    "unit",
     "releases",
     "records",
     "one release",
     "so far",
 )
-_SHOWN_DIGITS: Final = 4
 
 
 class ReportLine(BaseModel):
@@ -33,20 +32,31 @@ class ReportLine(BaseModel):
 
     run: str
     round: int
-    channel: Channel
+    channel: Channel | Literal["step"]
+    """"step" = all channels of local steps whose examples were drawn in secret."""
     kind: str
     noise_multiplier: float
-    """The smallest among them; 0 = unprotected."""
+    """The smallest among them, for its unit; 0 = no epsilon is guaranteed."""
+    unit: Unit
+    """Whom the mechanism protects."""
+    eta: float | None
+    """Metric privacy: one release guarantees eta · distance."""
+    sample_rate: float | None
+    """Of a step: the probability with which it drew each example."""
+    channels: list[Channel]
+    """What left: the channel, or those of a step."""
     releases: int
     records: int
     """Different records named."""
     epsilon_per_release: float | None
+    """For one ``unit``."""
     epsilon: float | None
-    """Of all releases of the channel up to here, for the record that is worst off; None = nothing is guaranteed."""
+    """Of all releases of the channel up to here (for a step, of all channels), for a sequence of the record that is
+    worst off; None = nothing is guaranteed."""
 
 
 class LedgerReport(BaseModel):
-    """Everything a ledger says at one delta; ``model_dump_json()`` is its JSON form."""
+    """Everything a ledger says at one delta and relation; ``model_dump_json()`` is its JSON form."""
 
     path: Path
     delta: float
@@ -55,7 +65,13 @@ class LedgerReport(BaseModel):
     lines: list[ReportLine]
     releases: dict[Channel, int]
     epsilon: dict[Channel, float | None]
-    """What each channel has cost the record that is worst off; None = nothing is guaranteed."""
+    """What each channel has cost a sequence of the record that is worst off; None = nothing is guaranteed."""
+    epsilon_per_token: dict[Channel, float | None]
+    """The same for one of its tokens, of channels whose mechanism protects tokens."""
+    eta: dict[Channel, float]
+    """Of channels with metric privacy: what all releases guarantee is eta · distance."""
+    epsilon_total: float | None
+    """Over all channels."""
     total: str
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -66,7 +82,8 @@ class LedgerReport(BaseModel):
                 str(line.round),
                 line.channel.replace("_", " "),
                 line.kind,
-                f"{line.noise_multiplier:g}",
+                f"{line.noise_multiplier:g}" if line.eta is None else f"eta {line.eta:g}",
+                line.unit,
                 f"{line.releases:,}",
                 f"{line.records:,}",
                 format_epsilon(line.epsilon_per_release),
@@ -78,48 +95,52 @@ class LedgerReport(BaseModel):
 
     def summary(self) -> list[str]:
         """Say in sentences what the table comes to."""
-        at = f"at delta {self.delta:g}, unit {self.unit}, relation {self.relation}"
-        said = [
-            f"{channel.replace('_', ' ')} releases so far: nothing is guaranteed"
-            if value is None
-            else f"{channel.replace('_', ' ')} releases so far: epsilon {format_epsilon(value)} {at}"
-            for channel, value in self.epsilon.items()
-            if self.releases[channel]
-        ]
+        at = f"at delta {self.delta:g}, unit {{}}, relation {self.relation}"
+        said = []
+        for channel, value in self.epsilon.items():
+            name = f"{channel.replace('_', ' ')} releases so far"
+            if channel in self.eta:
+                said.append(f"{name}: {self.eta[channel]:.6g} · distance of two embeddings, and no epsilon")
+            elif self.releases[channel]:
+                said.append(
+                    f"{name}: nothing is guaranteed"
+                    if value is None
+                    else f"{name}: epsilon {format_epsilon(value)} {at.format(self.unit)}"
+                )
+            if (per_token := self.epsilon_per_token.get(channel)) is not None:
+                said.append(f"{name}: epsilon {format_epsilon(per_token)} {at.format('token')}")
         return [*said, f"in total: {self.total}"]
 
 
-def report_ledger(path: Path, *, delta: float = 1e-5) -> LedgerReport:
+def report_ledger(path: Path, *, delta: float = 1e-5, relation: str = RELATION) -> LedgerReport:
     """Read a ledger and compose what it holds; an agent may be writing to it meanwhile.
 
     Args:
         path: The ledger's file.
         delta: The delta to state every epsilon at.
+        relation: The neighbouring relation: "replace-one" or "zero-out".
 
     Raises:
         LedgerError: If there is no ledger, or it is damaged.
-        ValueError: If delta is not between 0 and 1.
+        ValueError: If delta is not between 0 and 1, or there is no such relation.
     """
     spending = Spending()
-    lines = [_line(rows, spending, delta) for rows in _grouped(read_ledger(path).rows)]
+    lines = [_line(rows, spending, delta, relation) for rows in _grouped(read_ledger(path).rows)]
+    tokens = [channel for channel in CHANNELS if spending.units(channel) == {"token"} and spending.eta(channel) is None]
     return LedgerReport(
         path=path,
         delta=delta,
+        relation=relation,
         lines=lines,
-        releases={channel: sum(line.releases for line in lines if line.channel == channel) for channel in CHANNELS},
-        epsilon={channel: spending.epsilon(channel, delta) for channel in CHANNELS},
-        total=total_statement(spending.unprotected()),
+        releases={channel: sum(line.releases for line in lines if channel in line.channels) for channel in CHANNELS},
+        epsilon={channel: spending.epsilon(channel, delta, relation=relation) for channel in CHANNELS},
+        epsilon_per_token={
+            channel: spending.epsilon(channel, delta, unit="token", relation=relation) for channel in tokens
+        },
+        eta={channel: eta for channel in CHANNELS if (eta := spending.eta(channel)) is not None},
+        epsilon_total=spending.epsilon(None, delta, relation=relation),
+        total=spending.total_statement(delta, relation=relation),
     )
-
-
-def format_epsilon(value: float | None) -> str:
-    """Write an epsilon with four digits, rounded up: a guarantee is never stated better than it is."""
-    if value is None:
-        return "none"
-    if value == 0:
-        return "0"
-    rounded = Context(prec=_SHOWN_DIGITS, rounding=ROUND_CEILING).create_decimal(Decimal(value))
-    return f"{rounded:,f}" if 1e-3 <= value < 1e9 else f"{rounded:.{_SHOWN_DIGITS - 1}e}"
 
 
 def _grouped(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -131,19 +152,27 @@ def _grouped(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield from groups.values()
 
 
-def _line(rows: list[Row], spending: Spending, delta: float) -> ReportLine:
+def _line(rows: list[Row], spending: Spending, delta: float, relation: str) -> ReportLine:
     """Add rows to what is spent and describe them."""
+    one = Spending()
+    weakest = min(rows, key=lambda row: row.noise_multiplier)
+    one.add(weakest.model_copy(update={"sequences": 1, "records": weakest.records[:1] or ("",), "coupled": True}))
     for row in rows:
         spending.add(row)
-    first, noise_multiplier = rows[0], min(row.noise_multiplier for row in rows)
+    channel = weakest.channel
+    so_far: str | None = None if channel == "step" else channel
     return ReportLine(
-        run=first.run,
-        round=first.round,
-        channel=first.channel,
-        kind=first.kind,
-        noise_multiplier=noise_multiplier,
+        run=weakest.run,
+        round=weakest.round,
+        channel=channel,
+        kind=weakest.kind,
+        noise_multiplier=weakest.noise_multiplier,
+        unit=weakest.unit,
+        eta=weakest.eta,
+        sample_rate=weakest.sample_rate,
+        channels=list(weakest.channels or ()) if channel == "step" else [channel],
         releases=sum(row.sequences for row in rows),
         records=len({record for row in rows for record in row.records}),
-        epsilon_per_release=epsilon([(noise_multiplier, 1)], delta),
-        epsilon=spending.epsilon(first.channel, delta),
+        epsilon_per_release=one.epsilon(so_far, delta, unit=weakest.unit, relation=relation),
+        epsilon=spending.epsilon(so_far, delta, relation=relation),
     )

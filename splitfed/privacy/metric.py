@@ -90,6 +90,10 @@ class MetricMechanism:
         """Bound the Rényi divergence between any two inputs: there is no bound."""
         return math.inf
 
+    def units(self, tokens: int) -> float:
+        """Give T: what a sequence of T rows loses is the sum over its tokens."""
+        return float(tokens)
+
     def release(self, x_BTD: Tensor) -> Tensor:
         """Add noise.
 

@@ -85,6 +85,11 @@ class ExampleSet(Sequence[Example]):
         return Example(self._input_ids[tokens].tolist(), self._labels[tokens].tolist(), self._records[at])
 
     @property
+    def sequence_records(self) -> list[str]:
+        """The record of each sequence."""
+        return list(self._records)
+
+    @property
     def records(self) -> list[str]:
         """The distinct records, in the order of the file."""
         return list(dict.fromkeys(self._records))

@@ -108,7 +108,10 @@ def simulate(
                 trainer, trunk, examples[client], client, training, by_direction, seed, round
             )
             trunk_adapter, optimisers[client] = trunk.result(client)
-            mean.add({**trunk_adapter, **trainer.adapter_state()}, len(examples[client]))
+            ends = trainer.adapter_state()
+            start = {name: adapter[name] for name in ends}
+            ends = trainer.releases.adapter_update(start, ends, round=round)
+            mean.add({**trunk_adapter, **ends}, len(examples[client]))
             trunk.close(client)
         adapter = mean.result()
     result.adapter = adapter

@@ -14,8 +14,7 @@ LINE: dict[str, Any] = {
     "round": 2,
     "training_loss": 3.25,
     "held_out_loss": None,
-    "epsilon": {"smashed": 12.34567, "output_gradient": 0.5},
-    "epsilon_per_release": 1.0,
+    "epsilon": {"smashed": 12.34567, "output_gradient": 0.5, "adapter": 0.0},
     "total": "none: the adapter update is not protected",
     "delta": 1e-5,
     "unit": UNIT,
@@ -41,20 +40,44 @@ def test_noise_off_is_a_warning_that_nothing_is_guaranteed(
     assert "nothing is guaranteed" in record.getMessage()
 
 
+SETTLED = PrivacySection(
+    noise_multiplier=0.75,
+    clipping_norm_smashed=3.5,
+    clipping_norm_output_gradient=0.25,
+    delta=1e-6,
+    noise_multiplier_adapter=1.5,
+)
+
+
 @pytest.mark.parametrize(
-    ("is_training", "words"),
-    [(True, "the adapter update leaves unprotected"), (False, "nothing is trained on this device")],
+    ("changes", "is_training", "said"),
+    [
+        (
+            {},
+            True,
+            [
+                "privacy of the smashed data: unit sequence, noise multiplier 0.75, clip 3.5",
+                "privacy of the output gradients: unit sequence, noise multiplier 0.75, clip 0.25",
+                "privacy of the adapter update: dp-sgd, noise multiplier 1.5, clip 0.1",
+            ],
+        ),
+        ({"adapter": "none"}, True, ['the adapter update leaves unprotected (adapter = "none")']),
+        ({}, False, ["nothing is trained on this device, so no adapter update leaves it"]),
+        (
+            {"smashed": "metric", "eta": 2.0},
+            True,
+            ["privacy of the smashed data: metric privacy, eta 2, and no epsilon"],
+        ),
+    ],
+    ids=str,
 )
 def test_a_policy_is_told_with_all_that_it_rests_on(
-    progress: Progress, caplog: pytest.LogCaptureFixture, is_training: bool, words: str
+    progress: Progress, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], is_training: bool, said: list[str]
 ) -> None:
-    policy = PrivacySection(
-        noise_multiplier=0.75, clipping_norm_smashed=3.5, clipping_norm_output_gradient=0.25, delta=1e-6
-    )
-    progress.policy(policy, is_training=is_training)
-    for word in ("multiplier 0.75", f"unit {UNIT}", f"relation {RELATION}", "delta 1e-06", "3.5 a token", "to 0.25"):
-        assert word in caplog.text
-    assert words in caplog.text
+    progress.policy(SETTLED.model_copy(update=changes), is_training=is_training)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == f"noise is on; every epsilon is for delta 1e-06 and the relation {RELATION}"
+    assert set(said) <= set(messages)
 
 
 def test_a_round_is_told_with_loss_traffic_and_time(progress: Progress, caplog: pytest.LogCaptureFixture) -> None:
@@ -73,18 +96,18 @@ def test_an_epsilon_is_told_with_its_channel_delta_unit_and_relation(
     progress.round_is_over(LINE, rounds=5)
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("privacy of the")]
     rest = f"delta 1e-05, unit {UNIT}, relation {RELATION}"
-    assert said == [  # rounded up, never down
-        f"privacy of the smashed data: epsilon 1 for one release, 12.35 for all so far; {rest}",
-        f"privacy of the output gradients: epsilon 1 for one release, 0.5 for all so far; {rest}",
+    assert said == [  # rounded up, never down; nothing of what has not left
+        f"privacy of the smashed data so far: epsilon 12.35, {rest}",
+        f"privacy of the output gradients so far: epsilon 0.5, {rest}",
     ]
 
 
 def test_a_channel_without_noise_is_told_to_guarantee_nothing(
     progress: Progress, caplog: pytest.LogCaptureFixture
 ) -> None:
-    progress.round_is_over({**LINE, "epsilon": {"smashed": None}, "epsilon_per_release": None}, rounds=5)
+    progress.round_is_over({**LINE, "epsilon": {"smashed": None}}, rounds=5)
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("privacy of the")]
-    assert said == ["privacy of the smashed data: nothing is guaranteed"]
+    assert said == ["privacy of the smashed data so far: nothing is guaranteed"]
 
 
 def test_every_round_ends_with_the_guarantee_in_total(progress: Progress, caplog: pytest.LogCaptureFixture) -> None:

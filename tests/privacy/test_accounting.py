@@ -97,7 +97,7 @@ def test_little_noise_and_thousands_of_releases_give_the_figure_that_they_should
 
 
 def test_the_threat_model_quotes_figures_that_hold_rounded_up():
-    text = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "threat_model.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([\d.]+)(?: \(default\))? \| ([\d.,]+) \| ([\d.,]+) \|$", text, re.MULTILINE)
     assert len(rows) == 5
     for noise_multiplier, *quoted in rows:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from splitfed.errors import BudgetExhausted, LedgerError
+from splitfed.errors import BudgetExhausted, LedgerError, PrivacyError
 from splitfed.privacy import Charge, Ledger, epsilon, read_ledger
 
 DELTA = 1e-5
@@ -28,16 +28,15 @@ def fast_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def charge(ledger, records=("a", "b"), *, channel="smashed", z=2.0, step=0, kind="train"):
-    count = len(records)
-    fields = {"noise_multiplier": z, "records": records, "sequences": count, "run": "r", "round": 1, "step": step}
-    ledger.charge(channel, **fields, kind=kind)
+def charge(ledger, records=("a", "b"), *, channel="smashed", z=2.0, step=0, kind="train", **mechanism):
+    fields = {"noise_multiplier": z, "records": records, "sequences": len(records), "round": 1, "step": step}
+    ledger.charge(channel, **{"run": "r", **fields, "kind": kind, **mechanism})
 
 
 def test_a_new_ledger_has_spent_nothing(path):
     with Ledger(path) as ledger:
-        assert ledger.spent("smashed") == ledger.spent("output_gradient") == 0
-        assert ledger.total_statement() == "none: the adapter update is not protected"
+        assert ledger.spent("smashed") == ledger.spent("output_gradient") == ledger.spent(None) == 0
+        assert ledger.total_statement() == "epsilon 0 at delta 1e-05, unit sequence, relation replace-one"
 
 
 def test_charges_add_up_over_restarts_and_runs(path):
@@ -59,9 +58,8 @@ def test_evaluation_is_charged_like_training(path):
 def test_coupled_releases_count_for_every_record_and_others_for_their_own(path):
     with Ledger(path) as ledger:
         charge(ledger, ["a"])
-        ledger.set_policy(coupled=False)
         for record in "bcbb":
-            charge(ledger, [record])
+            charge(ledger, [record], coupled=False)
         assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 1 + 3)], DELTA)
     with Ledger(path) as ledger:
         assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 1 + 3)], DELTA)
@@ -73,7 +71,27 @@ def test_a_release_without_noise_is_remembered_for_good(path):
     with Ledger(path) as ledger:
         charge(ledger, z=50.0)
         assert ledger.spent("smashed") is None
-        assert ledger.total_statement() == "none: the smashed data and the adapter update are not protected"
+        assert ledger.total_statement() == "none: the smashed data is not protected"
+
+
+@pytest.mark.parametrize("update", [{"z": 0.0}, {"z": 1.0, "unit": "client"}], ids=["raw", "noised as a whole"])
+def test_a_run_that_trained_on_raw_records_couples_all_that_it_releases_later(path, update):
+    """Adapters and optimiser carry what they learned into the next rounds, whatever protects those."""
+    with Ledger(path) as ledger:
+        charge(ledger, [], channel="adapter", sequences=1, **update)
+    with Ledger(path) as ledger:
+        for record in "ab":
+            charge(ledger, [record], coupled=False)
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 2)], DELTA)
+        for record in "ab":
+            charge(ledger, [record], coupled=False, run="another")
+        assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 3)], DELTA)
+        step = {"channel": "step", "sample_rate": 0.1, "channels": {"smashed": 2.0}, "coupled": False}
+        before = path.read_bytes()
+        with pytest.raises(PrivacyError, match="leave sample_rate out"):
+            charge(ledger, [], sequences=1, **step)
+        assert path.read_bytes() == before
+        charge(ledger, [], sequences=1, run="another", **step)
 
 
 def test_a_charge_is_on_disk_before_it_returns(path, monkeypatch):
@@ -257,7 +275,7 @@ def test_the_budget_stops_before_it_is_passed_and_writes_nothing_then(path):
         for _ in range(3):
             charge(ledger)
         before = path.read_bytes()
-        with pytest.raises(BudgetExhausted, match=r"channel smashed would pass the epsilon budget of .* is spent"):
+        with pytest.raises(BudgetExhausted, match=r"release \(smashed\) would pass the epsilon budget of .* is spent"):
             charge(ledger)
         assert path.read_bytes() == before
         charge(ledger, ["a"])  # the seventh release still fits
@@ -268,28 +286,52 @@ def test_the_budget_stops_before_it_is_passed_and_writes_nothing_then(path):
             charge(ledger, ["a"])
 
 
-def test_each_channel_has_the_whole_budget_and_the_adapter_has_none(path):
+def test_the_budget_is_of_all_channels_together(path):
+    with Ledger(path) as ledger:
+        ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 4)], DELTA))
+        charge(ledger, channel="smashed")
+        charge(ledger, ["a"], channel="output_gradient")
+        charge(ledger, ["a"], channel="adapter")
+        with pytest.raises(BudgetExhausted, match=r"\(output_gradient\)"):
+            charge(ledger, ["a"], channel="output_gradient")
+
+
+def test_the_budget_of_a_record_is_its_own_where_nothing_is_coupled(path):
     with Ledger(path) as ledger:
         ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 2)], DELTA))
-        charge(ledger, channel="smashed")
-        charge(ledger, channel="output_gradient")
-        charge(ledger, channel="adapter", z=0.0)
-        with pytest.raises(BudgetExhausted, match="channel output_gradient"):
-            charge(ledger, channel="output_gradient")
+        for record in "abab":
+            charge(ledger, [record], coupled=False)
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, ["b"], coupled=False)
+        charge(ledger, ["c"], coupled=False)
 
 
-def test_a_release_without_noise_passes_every_budget(path):
+@pytest.mark.parametrize("relation", ["replace-one", "zero-out"])
+def test_the_budget_is_meant_under_the_policy_s_relation(path, relation):
+    """Four releases under zero-out cost what one costs under replace-one."""
+    fit = {"replace-one": 1, "zero-out": 4}[relation]
+    with Ledger(path) as ledger:
+        ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 1)], DELTA) * (1 + 1e-6), relation=relation)
+        for _ in range(fit):
+            charge(ledger, ["a"])
+        with pytest.raises(BudgetExhausted):
+            charge(ledger, ["a"])
+
+
+@pytest.mark.parametrize("channel", ["smashed", "adapter", "loss"])
+def test_nothing_without_noise_leaves_under_a_budget(path, channel):
     with Ledger(path) as ledger:
         ledger.set_policy(epsilon_budget=1e9)
-        with pytest.raises(BudgetExhausted):
-            charge(ledger, z=0.0)
+        with pytest.raises(BudgetExhausted, match=f"channel {channel} has no noise"):
+            charge(ledger, channel=channel, z=0.0)
+        assert ledger.spent(None) == 0
 
 
 def test_charges_that_pass_the_budget_together_are_refused_together(path):
     fields = {"noise_multiplier": 2.0, "records": ("a",), "sequences": 1, "run": "r", "round": 1, "step": 0}
     charges = [Charge(channel="smashed", **fields), Charge(channel="output_gradient", **fields)]
     with Ledger(path) as ledger:
-        ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 2)], DELTA))
+        ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 4)], DELTA))
         assert not ledger.would_exceed(charges * 2)
         assert ledger.would_exceed(charges * 3)
         with pytest.raises(BudgetExhausted):
@@ -306,6 +348,7 @@ def test_charges_that_pass_the_budget_together_are_refused_together(path):
         ({"delta": float("nan")}, "delta must be between 0 and 1"),
         ({"epsilon_budget": 0.0}, "budget must be above 0"),
         ({"epsilon_budget": float("nan")}, "budget must be above 0"),
+        ({"relation": "add-one"}, "relation is one of replace-one, zero-out, not 'add-one'"),
     ],
 )
 def test_a_policy_out_of_range_is_refused(path, policy, message):

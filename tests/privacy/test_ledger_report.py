@@ -69,7 +69,7 @@ def test_the_table_has_a_cell_for_each_heading(ledger_path):
     headings, rows = report_ledger(ledger_path, delta=DELTA).table()
     assert len(rows) == 12
     assert all(len(row) == len(headings) for row in rows)
-    assert rows[0][:7] == ("first", "1", "smashed", "train", "2", "6", "4")
+    assert rows[0][:8] == ("first", "1", "smashed", "train", "2", "sequence", "6", "4")
     assert rows[3][-2:] == ("none", "none")
 
 
@@ -95,7 +95,43 @@ def test_an_empty_ledger_is_reported(tmp_path):
     Ledger(tmp_path / "ledger.jsonl").close()
     report = report_ledger(tmp_path / "ledger.jsonl")
     assert report.table()[1] == []
-    assert report.summary() == ["in total: none: the adapter update is not protected"]
+    assert report.summary() == ["in total: epsilon 0 at delta 1e-05, unit sequence, relation replace-one"]
+
+
+def test_units_metric_privacy_and_secret_samples_are_told_apart(tmp_path):
+    fields = {"run": "r", "round": 1, "step": 0, "sequences": 1}
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        ledger.charge("smashed", noise_multiplier=2.0, unit="token", units=16.0, records=["a"], **fields)
+        ledger.charge("output_gradient", noise_multiplier=0.0, eta=1.5, unit="token", records=["a"], **fields)
+        step = {"sample_rate": 0.01, "channels": {"smashed": 4.0, "adapter": 4.0}, "coupled": False}
+        ledger.charge("step", noise_multiplier=8**0.5, records=[], **step, **fields)
+    report = report_ledger(tmp_path / "ledger.jsonl", relation="zero-out")
+    tokens, metric, step = report.lines
+    assert (tokens.unit, tokens.epsilon_per_release) == ("token", pytest.approx(epsilon([(4.0, 1)], DELTA), rel=1e-9))
+    assert tokens.epsilon == pytest.approx(epsilon([(1.0, 1)], DELTA), rel=1e-9)
+    assert (metric.eta, metric.epsilon_per_release) == (1.5, None)
+    assert (step.channels, step.sample_rate) == (["smashed", "adapter"], 0.01)
+    assert 0 < step.epsilon_per_release < epsilon([(2 * 8**0.5, 1)], DELTA)
+    assert report.releases == {"smashed": 2, "output_gradient": 1, "adapter": 1, "loss": 0}
+    assert report.epsilon_total is None
+    assert report.summary() == [
+        f"smashed releases so far: epsilon {format_epsilon(report.epsilon['smashed'])} at delta 1e-05, unit sequence, "
+        "relation zero-out",
+        "output gradient releases so far: 1.5 · distance of two embeddings, and no epsilon",
+        f"adapter releases so far: epsilon {format_epsilon(report.epsilon['adapter'])} at delta 1e-05, unit sequence, "
+        "relation zero-out",
+        "in total: none: the output gradient (metric privacy only: 1.5 · distance) is not protected",
+    ]
+
+
+def test_tokens_have_an_epsilon_of_their_own(tmp_path):
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        fields = {"run": "r", "round": 1, "step": 0, "sequences": 1, "records": ["a"]}
+        ledger.charge("smashed", noise_multiplier=2.0, unit="token", units=16.0, **fields)
+    report = report_ledger(tmp_path / "ledger.jsonl")
+    assert report.epsilon_per_token == {"smashed": epsilon([(2.0, 1)], DELTA)}
+    assert report.epsilon["smashed"] == epsilon([(0.5, 1)], DELTA)
+    assert report.summary()[1].endswith("at delta 1e-05, unit token, relation replace-one")
 
 
 def test_what_is_no_ledger_is_refused(tmp_path):

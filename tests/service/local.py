@@ -14,7 +14,7 @@ from rich.console import Console
 from splitfed.agent.loop import Agent
 from splitfed.agent.progress import Progress
 from splitfed.agent.state import AgentState
-from splitfed.config import AgentConfig, AgentSection, DataSection, PrivacySection, ServerConfig
+from splitfed.config import AgentConfig, AgentPrivacySection, AgentSection, DataSection, ServerConfig
 from splitfed.server.daemon import Daemon
 from splitfed.server.main import open_daemon
 
@@ -78,7 +78,7 @@ def agent_config(
     address: str,
     data: Path,
     *,
-    privacy: PrivacySection | None = None,
+    privacy: AgentPrivacySection | None = None,
     base: str | None = None,
     **agent: Any,
 ) -> AgentConfig:
@@ -86,7 +86,7 @@ def agent_config(
     return AgentConfig(
         agent=AgentSection(name=name, server=address, state_directory=folder / name, base=base, **agent),
         data=DataSection(path=str(data)),
-        privacy=privacy or PrivacySection(noise_multiplier=0.0),
+        privacy=privacy or AgentPrivacySection(noise_multiplier=0.0),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import splitfed
 from splitfed.cli import main
-from splitfed.config import PrivacySection
+from splitfed.config import AgentPrivacySection
 from splitfed.errors import FingerprintMismatch, JoinRefused, NonFiniteLoss
 from tests.service.conftest import server_config, write_texts
 from tests.service.daemons import toml
@@ -228,6 +228,6 @@ def test_an_exhausted_budget_stops_the_agent_before_the_release(tmp_path: Path) 
     from splitfed.errors import BudgetExhausted
 
     data = write_texts(tmp_path / "a.jsonl", "a", 3)
-    policy = PrivacySection(noise_multiplier=1.0, epsilon_budget=12.0)
+    policy = AgentPrivacySection(noise_multiplier=1.0, epsilon_budget=12.0)
     with serving(server_config(tmp_path)) as server, pytest.raises(BudgetExhausted, match="budget of 12"):
         run_agent_here(agent_config(tmp_path, "a", server.address, data, privacy=policy))

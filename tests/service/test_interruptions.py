@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splitfed.config import PrivacySection, ServerConfig
+from splitfed.config import AgentPrivacySection, ServerConfig
 from splitfed.errors import LinkError, ServerUnreachable
 from splitfed.privacy import read_ledger
 from tests.service.conftest import server_config, write_texts
@@ -130,7 +130,9 @@ def test_a_resend_is_the_same_release_and_is_charged_once(tmp_path: Path) -> Non
     with serving(config) as server:
         proxy = CuttingProxy(server.address, cut_after_bytes=150_000, cuts=2)
         run_agent_here(
-            agent_config(folder, "a", proxy.address, folder / "a.jsonl", privacy=PrivacySection(noise_multiplier=0.5))
+            agent_config(
+                folder, "a", proxy.address, folder / "a.jsonl", privacy=AgentPrivacySection(noise_multiplier=0.5)
+            )
         )
         proxy.close()
     assert proxy.cuts_left == 0

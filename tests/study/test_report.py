@@ -260,7 +260,7 @@ def test_the_configuration_is_shown_with_its_defaults_and_without_the_servers_pa
     assert settings["base"] == "little-llama"
     assert settings["learning_rate"] == "0.001"
     assert settings["targets"] == "all linear layers of the blocks"
-    assert settings["smashed"] == "int8"
+    assert settings["trunk_output"] == "int8"
     assert "mutual TLS" in page.text
     assert "secret-place" not in markup
     assert str(tmp_path) not in markup

@@ -1,0 +1,111 @@
+"""What a device's owner insists on: a run that is weaker is refused before anything is loaded or sent."""
+
+from splitfed.config import AgentPrivacySection, ChannelName, PrivacySection, RunConfig, refuse_unsound
+from splitfed.errors import ConfigError, JoinRefused
+
+_WORDS: dict[ChannelName, str] = {
+    "smashed": "smashed data",
+    "output_gradient": "output gradients",
+    "adapter": "the adapter update",
+}
+
+
+def agree(policy: AgentPrivacySection, run: RunConfig) -> PrivacySection:
+    """Settle what holds on this device: the owner's word, and for the rest the run's.
+
+    Args:
+        policy: The owner's section.
+        run: What the server says about the run.
+
+    Returns:
+        The section that holds.
+
+    Raises:
+        JoinRefused: If the run is weaker than the owner's policy allows.
+        ConfigError: If the two do not go together.
+    """
+    most = {"bottom_blocks": policy.most_bottom_blocks, "top_blocks": policy.most_top_blocks}
+    for name, limit in most.items():
+        asked = getattr(run.model, name)
+        if limit is not None and asked > limit:
+            raise JoinRefused(
+                f"The run {run.run.name!r} asks this device to hold {name} = {asked}, but its owner allows {limit} "
+                f"(most_{name}); ask for another split point, or raise the limit."
+            )
+    try:
+        privacy = policy.over(run.privacy)
+        refuse_unsound(privacy, bottom_blocks=run.model.bottom_blocks, top_blocks=run.model.top_blocks)
+    except ValueError as error:
+        raise ConfigError(f"[privacy] of this agent and of the run {run.run.name!r}: {_reason(error)}") from error
+    _refuse_open_channels(policy, privacy, run)
+    refuse_weak_noise(policy, privacy, run.run.name)
+    return privacy
+
+
+def refuse_weak_noise(policy: AgentPrivacySection, privacy: PrivacySection, run_id: str) -> None:
+    """Refuse noise below, and clips above, what the owner allows; figures that are not settled yet are left aside.
+
+    Args:
+        policy: The owner's section.
+        privacy: What is to hold on this device.
+        run_id: The run, for the message.
+
+    Raises:
+        JoinRefused: If the run is weaker than the owner's policy allows.
+    """
+    least = policy.least_noise_multiplier
+    noises = {
+        "noise_multiplier": privacy.noise_multiplier,
+        "noise_multiplier_adapter": privacy.noise_multiplier_adapter,
+    }
+    for name, noise_multiplier in noises.items():
+        if least is not None and noise_multiplier is not None and noise_multiplier < least:
+            raise JoinRefused(
+                f"The run {run_id!r} asks for {name} = {noise_multiplier:g}, but this device's owner insists on "
+                f"{least:g} at least (least_noise_multiplier); raise it in the run, or in this agent's [privacy]."
+            )
+    limits = {
+        "clipping_norm_smashed": policy.largest_clipping_norm_smashed,
+        "clipping_norm_output_gradient": policy.largest_clipping_norm_output_gradient,
+    }
+    for name, limit in limits.items():
+        norm = getattr(privacy, name)
+        if limit is not None and norm is not None and norm > limit:
+            raise JoinRefused(
+                f"The run {run_id!r} asks for {name} = {norm:g}, but this device's owner allows {limit:g} "
+                f"(largest_{name}); lower it in the run, or in this agent's [privacy]."
+            )
+
+
+def _refuse_open_channels(policy: AgentPrivacySection, privacy: PrivacySection, run: RunConfig) -> None:
+    trains = run.model.bottom_blocks + run.model.top_blocks > 0
+    is_open: dict[ChannelName, bool] = {
+        "smashed": not privacy.is_on,
+        "output_gradient": not privacy.is_on,
+        "adapter": trains and (not privacy.is_on or privacy.adapter == "none"),
+    }
+    said_open: dict[ChannelName, bool] = {
+        "smashed": not policy.is_on,
+        "output_gradient": not policy.is_on,
+        "adapter": not policy.is_on or policy.adapter == "none",
+    }
+    for channel, word in _WORDS.items():
+        if policy.protected_channels is not None:
+            is_wanted = channel in policy.protected_channels
+        else:
+            is_wanted = not said_open[channel]
+        if is_open[channel] and is_wanted:
+            raise JoinRefused(
+                f"The run {run.run.name!r} sends {word} without noise, which this device's owner does not allow "
+                "(protected_channels); ask for noise in the run, or set it in this agent's [privacy]."
+            )
+        if is_open[channel] and policy.epsilon_budget is not None:
+            raise ConfigError(
+                f"[privacy] epsilon_budget = {policy.epsilon_budget:g} cannot be kept: {word} would leave without "
+                "noise; protect that channel, or leave epsilon_budget out"
+            )
+
+
+def _reason(error: ValueError) -> str:
+    details = getattr(error, "errors", None)
+    return str(details()[0].get("ctx", {}).get("error", error)) if details is not None else str(error)

@@ -1,0 +1,142 @@
+"""How what leaves a device is protected: what a run asks for, and what a device's owner insists on."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from splitfed.config.section import Section
+
+ClippingNorm = Annotated[float, Field(ge=1e-20, le=1e20)]
+ChannelName = Literal["smashed", "output_gradient", "adapter"]
+
+DEFAULT_NOISE_MULTIPLIER = 0.002
+
+
+class PrivacySection(Section):
+    """How what leaves a device is protected. Noise is on unless it is set to 0."""
+
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    """Standard deviation of the noise ÷ sensitivity, for each release; 0 = no noise on any channel, nothing is
+    guaranteed; left out = 0.002, or what epsilon asks for."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """What the whole run may cost a record, over all channels; the noise is calibrated to it."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """The delta at which epsilon is stated."""
+    relation: Literal["replace-one", "zero-out"] = "replace-one"
+    """Against what change: a sequence becomes any other, or becomes nothing but noise."""
+    smashed: Literal["sequence", "token", "metric"] = "sequence"
+    """Unit that noise on smashed data protects; "token" and "metric" only with bottom_blocks = 0."""
+    output_gradient: Literal["sequence", "token"] = "sequence"
+    """Unit that noise on output gradients protects; "token" only with top_blocks = 0."""
+    adapter: Literal["dp-sgd", "update", "none"] = "dp-sgd"
+    """What protects the adapter update: noise on every step's gradient, noise on the update as a whole, or nothing."""
+    clip: Literal["token", "sequence"] = "token"
+    """What is clipped where the unit is a sequence: each token's vector, or all of them together."""
+    clipping_norm_smashed: ClippingNorm | None = None
+    """Largest L2 norm of smashed data; longer vectors are scaled down; left out = what is usual in the model."""
+    clipping_norm_output_gradient: ClippingNorm = 0.01
+    """Largest L2 norm of an output gradient; longer ones are scaled down."""
+    clipping_norm_adapter: ClippingNorm = 0.1
+    """Largest L2 norm of one example's gradient ("dp-sgd"), or of the update ("update")."""
+    noise_multiplier_adapter: Annotated[float, Field(gt=0)] | None = None
+    """The noise multiplier of the adapter update; left out = that of the other channels."""
+    eta: Annotated[float, Field(gt=0)] | None = None
+    """With smashed = "metric": what is guaranteed is eta times the distance of two embeddings."""
+    sample_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Probability with which a step draws each example, in secret; left out = examples come in their order."""
+
+    @property
+    def is_on(self) -> bool:
+        """Something is noised."""
+        return self.noise_multiplier != 0
+
+    @model_validator(mode="after")
+    def _is_one_plan(self) -> Self:
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError(
+                f"epsilon = {self.epsilon:g} and noise_multiplier = {self.noise_multiplier:g} exclude each other; "
+                "leave one of them out"
+            )
+        if (self.smashed == "metric") != (self.eta is not None):
+            raise ValueError(
+                'eta and smashed = "metric" belong together; give both or neither'
+                if self.eta is not None
+                else 'smashed = "metric" needs eta, the loss of privacy per unit of distance; set it'
+            )
+        if self.sample_rate is not None and (self.relation != "zero-out" or self.adapter != "dp-sgd"):
+            raise ValueError(
+                'sample_rate needs relation = "zero-out" and adapter = "dp-sgd": only then does a secret sample '
+                "lower epsilon; set both, or leave sample_rate out"
+            )
+        return self
+
+
+class AgentPrivacySection(PrivacySection):
+    """The owner's word on privacy, which outranks the run's: a key that is left out is as the run has it."""
+
+    writes_defaults = False
+
+    epsilon_budget: Annotated[float, Field(gt=0)] | None = None
+    """Stop before the epsilon of a record, over all channels and runs, passes this; left out = report only."""
+    aggregation_weight: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """Weight of this agent's adapter in the average; left out = 1 with noise on, the number of examples without."""
+    least_noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Refuse a run with less noise than this on any channel; left out = any noise will do."""
+    largest_clipping_norm_smashed: ClippingNorm | None = None
+    """Refuse a run that clips smashed data to more than this; left out = any clip will do."""
+    largest_clipping_norm_output_gradient: ClippingNorm | None = None
+    """Refuse a run that clips output gradients to more than this; left out = any clip will do."""
+    protected_channels: list[ChannelName] | None = None
+    """Refuse a run that sends one of these without noise; left out = all, unless this file itself says otherwise."""
+    most_bottom_blocks: Annotated[int, Field(ge=0)] | None = None
+    """Refuse a run with more blocks in the bottom; left out = any number."""
+    most_top_blocks: Annotated[int, Field(ge=0)] | None = None
+    """Refuse a run with more blocks in the top; left out = any number."""
+
+    @model_validator(mode="after")
+    def _budget_needs_noise(self) -> Self:
+        if self.epsilon_budget is not None and self.noise_multiplier == 0:
+            raise ValueError(
+                f"epsilon_budget is {self.epsilon_budget:g}, but without noise no budget can be kept; set "
+                "noise_multiplier above 0"
+            )
+        return self
+
+    def over(self, run: PrivacySection) -> PrivacySection:
+        """Give what holds on this device: what the owner's file says, and for the rest what the run says.
+
+        Args:
+            run: The run's section.
+
+        Raises:
+            ValueError: If the two do not go together.
+        """
+        said = {name: getattr(self, name) for name in self.model_fields_set & PrivacySection.model_fields.keys()}
+        asked = {name: getattr(run, name) for name in PrivacySection.model_fields}
+        if {"noise_multiplier", "epsilon"} & said.keys():
+            asked["noise_multiplier"] = asked["epsilon"] = None
+        return PrivacySection.model_validate(asked | said)
+
+
+def refuse_unsound(privacy: PrivacySection, *, bottom_blocks: int, top_blocks: int) -> None:
+    """Refuse a unit that a split point does not have.
+
+    Args:
+        privacy: The section.
+        bottom_blocks: Blocks of the bottom.
+        top_blocks: Blocks of the top.
+
+    Raises:
+        ValueError: If an attention block on the device spreads a token over other rows than those that the mechanism
+            counts.
+    """
+    if privacy.smashed != "sequence" and bottom_blocks > 0:
+        raise ValueError(
+            f'smashed = "{privacy.smashed}" needs bottom_blocks = 0, not {bottom_blocks}: an attention block in the '
+            'bottom spreads each token over all later rows; choose "sequence", or cut at 0'
+        )
+    if privacy.output_gradient != "sequence" and top_blocks > 0:
+        raise ValueError(
+            f'output_gradient = "{privacy.output_gradient}" needs top_blocks = 0, not {top_blocks}: an attention block '
+            'in the top spreads each label over all earlier rows; choose "sequence", or cut at 0'
+        )

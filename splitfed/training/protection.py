@@ -1,0 +1,253 @@
+"""From what owner and run say about privacy to the gate: mechanisms, their clips, and the noise that was asked for."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from splitfed.config import DEFAULT_NOISE_MULTIPLIER, PrivacySection, TrainingSection
+from splitfed.errors import ConfigError, WeightsError
+from splitfed.models import Bottom, Top, adapter_parameters
+from splitfed.privacy import (
+    GaussianSequenceMechanism,
+    GaussianTokenMechanism,
+    Ledger,
+    Mechanism,
+    MetricMechanism,
+    NoMechanism,
+    PerExampleMechanism,
+    StepSampling,
+    UpdateMechanism,
+    gaussian_signal,
+    poisson_overflow,
+    sampled_noise_multiplier_for,
+)
+from splitfed.training.releases import LedgeredReleases
+
+_SEQUENCES, _TOKENS = 8, 32
+_SHOWN_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How often a run releases something of a record, at most.
+
+    Attributes:
+        training: Rounds, steps, batch size and length.
+        train: The record of each example to train on.
+        held_out: The record of each held-out example; all are evaluated once a round.
+        bottom_trains: The bottom has an adapter.
+        top_trains: The top has an adapter.
+    """
+
+    training: TrainingSection
+    train: Sequence[str]
+    held_out: Sequence[str] = ()
+    bottom_trains: bool = True
+    top_trains: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Local steps in the run."""
+        return self.training.rounds * self.training.local_steps
+
+    @property
+    def uses(self) -> int:
+        """Most sequences of one record that all steps together train on."""
+        times = math.ceil(self.steps * self.training.batch_size / max(len(self.train), 1))
+        return times * max(Counter(self.train).values(), default=0)
+
+    @property
+    def evaluations(self) -> int:
+        """Most sequences of one record that are evaluated."""
+        return self.training.rounds * max(Counter(self.held_out).values(), default=0)
+
+
+def settle_clip(privacy: PrivacySection, bottom: Bottom) -> PrivacySection:
+    """Fill in what was left to the model: the clip of smashed data, from the bottom's output on random tokens.
+
+    Nobody's text has a part in it, so it costs no privacy; and whatever the bottom is, noise grows with the clip.
+
+    Args:
+        privacy: What holds on the device.
+        bottom: The bottom at the run's start.
+
+    Returns:
+        The section with a clip in it.
+
+    Raises:
+        WeightsError: If the bottom's output is not finite, or zero.
+    """
+    if privacy.clipping_norm_smashed is not None:
+        return privacy
+    draw = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(bottom.config.vocab_size, (_SEQUENCES, _TOKENS), generator=draw)
+    with torch.no_grad():
+        norms = bottom(tokens_BT).float().norm(dim=-1)
+    norm = norms.median().item() * (1.0 if privacy.clip == "token" else math.sqrt(_TOKENS))
+    if not 0 < norm < math.inf:
+        raise WeightsError(f"The base model's bottom gives vectors of norm {norm}; fetch the base model again.")
+    return privacy.model_copy(update={"clipping_norm_smashed": float(f"{norm:.3g}")})
+
+
+def settle_noise(privacy: PrivacySection, workload: Workload) -> PrivacySection:
+    """Fill in the noise multiplier: the default, or what keeps the epsilon that was asked for over the whole run.
+
+    Args:
+        privacy: What holds on the device.
+        workload: How often the run releases something of a record.
+
+    Returns:
+        The section with a noise multiplier in place of an epsilon.
+
+    Raises:
+        ConfigError: If no noise multiplier keeps that epsilon, or a secret sample would outgrow its batch too often.
+    """
+    if privacy.epsilon is None:
+        value = DEFAULT_NOISE_MULTIPLIER if privacy.noise_multiplier is None else privacy.noise_multiplier
+    else:
+        value = _calibrated(privacy, privacy.epsilon, workload)
+    return privacy.model_copy(update={"noise_multiplier": value, "epsilon": None})
+
+
+def smashed_mechanism(privacy: PrivacySection) -> Mechanism:
+    """Build what stands between smashed data and the wire.
+
+    Args:
+        privacy: What holds on the device, settled.
+    """
+    assert privacy.clipping_norm_smashed is not None
+    assert privacy.noise_multiplier is not None
+    if not privacy.is_on:
+        return NoMechanism()
+    if privacy.smashed == "metric":
+        assert privacy.eta is not None
+        return MetricMechanism(privacy.eta)
+    if privacy.smashed == "token":
+        return GaussianTokenMechanism(privacy.clipping_norm_smashed, privacy.noise_multiplier, rows=1)
+    return GaussianSequenceMechanism(privacy.clipping_norm_smashed, privacy.noise_multiplier, privacy.clip)
+
+
+def output_gradient_mechanism(privacy: PrivacySection) -> Mechanism:
+    """Build what stands between output gradients and the wire.
+
+    Args:
+        privacy: What holds on the device, settled.
+    """
+    assert privacy.noise_multiplier is not None
+    if not privacy.is_on:
+        return NoMechanism()
+    if privacy.output_gradient == "token":
+        return GaussianTokenMechanism(privacy.clipping_norm_output_gradient, privacy.noise_multiplier, rows=2)
+    return GaussianSequenceMechanism(privacy.clipping_norm_output_gradient, privacy.noise_multiplier, privacy.clip)
+
+
+def open_gate(
+    privacy: PrivacySection, ledger: Ledger, run_id: str, *, bottom: Bottom, top: Top, workload: Workload | None = None
+) -> LedgeredReleases:
+    """Build the gate that everything passes which leaves a device.
+
+    Args:
+        privacy: What holds on the device, settled.
+        ledger: Where releases are charged.
+        run_id: The run, for the ledger.
+        bottom: The bottom, with its adapter.
+        top: The top, with its adapter.
+        workload: What is to be trained; needed where steps draw their examples in secret.
+
+    Raises:
+        ConfigError: If a secret sample would outgrow its batch too often.
+    """
+    bottom_trains, top_trains = bool(adapter_parameters(bottom)), bool(adapter_parameters(top))
+    noise_multiplier = privacy.noise_multiplier_adapter or privacy.noise_multiplier or 0.0
+    protects = privacy.is_on and (bottom_trains or top_trains)
+    clipping_norm = privacy.clipping_norm_adapter
+    return LedgeredReleases(
+        smashed_mechanism=smashed_mechanism(privacy),
+        output_gradient_mechanism=output_gradient_mechanism(privacy),
+        ledger=ledger,
+        run=run_id,
+        per_example=PerExampleMechanism(clipping_norm, noise_multiplier)
+        if protects and privacy.adapter == "dp-sgd"
+        else None,
+        update=UpdateMechanism(clipping_norm, noise_multiplier) if protects and privacy.adapter == "update" else None,
+        bottom_trains=bottom_trains,
+        top_trains=top_trains,
+        sampling=_sampling(privacy, workload) if privacy.is_on else None,
+    )
+
+
+def _sampling(privacy: PrivacySection, workload: Workload | None) -> StepSampling | None:
+    if privacy.sample_rate is None:
+        return None
+    assert workload is not None
+    capacity, examples = workload.training.batch_size, len(workload.train)
+    overflow = poisson_overflow(examples, privacy.sample_rate, capacity, 1)
+    if overflow * workload.steps >= privacy.delta:
+        raise ConfigError(
+            f"[privacy] sample_rate = {privacy.sample_rate:g} draws more than batch_size = {capacity} of {examples} "
+            f"examples in one of {workload.steps} steps with probability {overflow * workload.steps:.2g}, which "
+            f"delta = {privacy.delta:g} does not cover; raise batch_size, or lower sample_rate"
+        )
+    return StepSampling(privacy.sample_rate, overflow)
+
+
+def _calibrated(privacy: PrivacySection, epsilon: float, workload: Workload) -> float:
+    """Find the noise multiplier that all channels share."""
+    trains = workload.bottom_trains or workload.top_trains
+    if privacy.smashed == "metric" or (privacy.adapter == "none" and trains):
+        open_channel = 'smashed = "metric"' if privacy.smashed == "metric" else 'adapter = "none"'
+        raise ConfigError(
+            f"[privacy] epsilon = {epsilon:g} cannot be kept with {open_channel}, which guarantees no epsilon; "
+            "choose another mechanism, or give noise_multiplier in place of epsilon"
+        )
+    if privacy.sample_rate is not None:
+        sampling = _sampling(privacy, workload)
+        assert sampling is not None
+        return sampled_noise_multiplier_for(
+            epsilon,
+            privacy.delta,
+            sample_rate=privacy.sample_rate,
+            steps=workload.steps,
+            channels=2 + trains,
+            unsampled=workload.evaluations,
+            overflow=min(1.0, workload.steps * sampling.overflow),
+        )
+    shared, fixed = _releases(privacy, workload)
+    room = gaussian_signal(epsilon, privacy.delta) * (4 if privacy.relation == "zero-out" else 1) - fixed
+    if room <= 0:
+        raise ConfigError(
+            f"[privacy] epsilon = {epsilon:g} is spent by the adapter update alone at noise_multiplier_adapter = "
+            f"{privacy.noise_multiplier_adapter:g}; raise one of them"
+        )
+    return _rounded_up(math.sqrt(shared / room))
+
+
+def _releases(privacy: PrivacySection, workload: Workload) -> tuple[float, float]:
+    """Count the releases that fall on the record that is worst off.
+
+    Returns:
+        Those with the shared noise multiplier, counted; and Σ 1/z² of those with a noise multiplier of their own.
+    """
+    T, uses = workload.training.max_tokens, workload.uses
+    everything = workload.steps * workload.training.batch_size
+    evaluated = workload.training.rounds * len(workload.held_out)
+    is_dp_sgd = privacy.adapter == "dp-sgd"
+    smashed_units = T if privacy.smashed == "token" else 1
+    gradient_units = max(T / 2, 1) if privacy.output_gradient == "token" else 1
+    smashed = float(everything + evaluated if workload.bottom_trains and not is_dp_sgd else uses)
+    gradients = float(everything if workload.top_trains and not is_dp_sgd else uses)
+    adapter = 0.0
+    if workload.bottom_trains or workload.top_trains:
+        adapter = float(uses if is_dp_sgd else workload.training.rounds)
+    own = privacy.noise_multiplier_adapter
+    shared = smashed * smashed_units + gradients * gradient_units + (adapter if own is None else 0.0)
+    fixed = 0.0 if own is None else adapter / own**2
+    return max(shared, workload.evaluations * smashed_units), fixed
+
+
+def _rounded_up(value: float) -> float:
+    scale = 10.0 ** (_SHOWN_DIGITS - 1 - math.floor(math.log10(value)))
+    return math.ceil(value * scale) / scale
