@@ -10,7 +10,7 @@ from torch import Tensor
 
 from splitfed.compress import Codec
 from splitfed.config import RunConfig, TlsSection
-from splitfed.errors import JoinRefused, ProtocolError
+from splitfed.errors import JoinRefused, LinkError, ProtocolError, ServerUnreachable
 from splitfed.models import TensorIdentity
 from splitfed.proto.v1 import federation_pb2, joining_pb2
 from splitfed.proto.v1.federation_pb2_grpc import FederationStub
@@ -19,6 +19,7 @@ from splitfed.proto.v1.training_pb2_grpc import TrainingStub
 from splitfed.training.link import Traffic
 from splitfed.transport.adapters import IncomingAdapter, adapter_messages
 from splitfed.transport.channel import open_channel
+from splitfed.transport.hang_up import explain_hang_up
 from splitfed.transport.link import FRAMING_BYTES
 from splitfed.transport.status import error_of_call
 from splitfed.transport.tensors import codecs_on_wire
@@ -58,6 +59,7 @@ class ServerCalls:
     def __init__(
         self, server: str, fed_server: str | None, tls: TlsSection | None, *, client: str, agent_id: bytes
     ) -> None:
+        self._server, self._tls = server, tls
         self._channels = [open_channel(server, tls)]
         if fed_server is not None and fed_server != server:
             self._channels.append(open_channel(fed_server, tls))
@@ -77,13 +79,18 @@ class ServerCalls:
 
         Raises:
             ServerUnreachable: If no server answers.
+            LinkError: If one does, but not with these certificates.
             JoinRefused: If the two do not speak the same protocol.
         """
-        with translated():
-            reply = self.joining.Describe(
-                joining_pb2.DescribeRequest(protocol_version=PROTOCOL_VERSION, client=self._client),
-                timeout=_SHORT_CALL_S,
-            )
+        request = joining_pb2.DescribeRequest(protocol_version=PROTOCOL_VERSION, client=self._client)
+        try:
+            with translated():
+                reply = self.joining.Describe(request, timeout=_SHORT_CALL_S)
+        except ServerUnreachable as error:
+            reason = explain_hang_up(self._server, self._tls)
+            if reason is None:
+                raise
+            raise LinkError(reason) from error
         if reply.protocol_version != PROTOCOL_VERSION:
             raise JoinRefused(
                 f"The server speaks version {reply.protocol_version} of the protocol, this agent {PROTOCOL_VERSION}; "

@@ -19,7 +19,18 @@ _CODES: dict[type[SplitFedError], grpc.StatusCode] = {
     RoundLost: grpc.StatusCode.ABORTED,
     ServerUnreachable: grpc.StatusCode.UNAVAILABLE,
 }
-_CERTIFICATE_WORDS = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification Check failed")
+_NOT_ACCEPTED = (
+    "The server's certificate is not accepted: [tls] authority must be the one that signed it, and [agent] server must "
+    "be a name in it"
+)
+_HANDSHAKES = {
+    "CERTIFICATE_VERIFY_FAILED": _NOT_ACCEPTED,
+    "Hostname Verification Check failed": _NOT_ACCEPTED,
+    "WRONG_VERSION_NUMBER": (
+        "What listens at [agent] server does not speak TLS: check the address, and give the server a [tls] section too"
+    ),
+}
+"""What gRPC says of a handshake that no further try will mend, and what to do about it."""
 _ERRORS = {code: error for error, code in _CODES.items()}
 
 
@@ -32,11 +43,10 @@ def error_of(code: grpc.StatusCode, details: str | None) -> LinkError | Fingerpr
     """Give the error that a status code stands for; `ServerUnreachable` is the one that is worth another try."""
     if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         code = grpc.StatusCode.UNAVAILABLE
-    if code is grpc.StatusCode.UNAVAILABLE and any(words in (details or "") for words in _CERTIFICATE_WORDS):
-        return LinkError(
-            "The server's certificate is not accepted: [tls] authority must be the one that signed it, and [agent] "
-            f"server must be a name in it ({details})."
-        )
+    if code is grpc.StatusCode.UNAVAILABLE and details:
+        for words, advice in _HANDSHAKES.items():
+            if words in details:
+                return LinkError(f"{advice} ({details}).")
     kind = _ERRORS.get(code, LinkError)
     message = details or f"The server answered {code.name}."
     return kind(message)  # type: ignore[return-value]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from splitfed.config import AgentConfig, TlsSection
-from splitfed.errors import ConfigError, JoinRefused, LinkError
+from splitfed.errors import ConfigError, JoinRefused, LinkError, ServerUnreachable
 from tests.service.certificates import Authority
 from tests.service.conftest import server_config, write_texts
 from tests.service.cutting_proxy import CuttingProxy
@@ -34,15 +34,39 @@ def test_an_agent_cannot_take_anothers_name(tmp_path: Path) -> None:
             run_agent_here(thief)
 
 
-@pytest.mark.parametrize("whose", ["nobody's", "another authority's"])
-def test_an_agent_without_a_certificate_of_the_authority_stays_outside(tmp_path: Path, whose: str) -> None:
-    authority = Authority(tmp_path)
+@pytest.mark.parametrize(
+    ("certificate", "authority", "words"),
+    [
+        (None, None, r"takes no plain text; give this agent a \[tls\] section"),
+        ("other", "right", r"does not accept this agent's certificate .*other-a\.pem"),
+        ("right", "other", r"server's certificate is not accepted: \[tls\] authority"),
+    ],
+    ids=["no certificate", "another authority's", "the server's is another authority's"],
+)
+def test_an_agent_without_a_certificate_of_the_authority_is_told_so_at_once(
+    tmp_path: Path, certificate: str | None, authority: str | None, words: str
+) -> None:
+    authorities = {name: Authority(tmp_path, name) for name in ("right", "other")}
     data = write_texts(tmp_path / "a.jsonl", "a", 6)
-    tls = None if whose == "nobody's" else Authority(tmp_path, "other").issue("a")
-    with serving(server_config(tmp_path, tls=authority.issue("server"))) as server:
-        stranger = secure(agent_config(tmp_path, "a", server.address, data, retry_for_s=1), tls)
-        with pytest.raises(LinkError, match=r"\[tls\]"):
-            run_agent_here(stranger)
+    tls = None
+    if certificate is not None and authority is not None:
+        tls = authorities[certificate].issue("a").model_copy(update={"authority": authorities[authority].file})
+    with (
+        serving(server_config(tmp_path, tls=authorities["right"].issue("server"))) as server,
+        pytest.raises(LinkError, match=words) as refusal,
+    ):
+        run_agent_here(secure(agent_config(tmp_path, "a", server.address, data, retry_for_s=600), tls))
+    assert not isinstance(refusal.value, ServerUnreachable)
+
+
+def test_a_server_without_tls_is_told_from_one_that_is_down(tmp_path: Path) -> None:
+    tls = Authority(tmp_path).issue("a")
+    data = write_texts(tmp_path / "a.jsonl", "a", 6)
+    with (
+        serving(server_config(tmp_path)) as server,
+        pytest.raises(LinkError, match=r"does not speak TLS: .* give the server a \[tls\] section too"),
+    ):
+        run_agent_here(secure(agent_config(tmp_path, "a", server.address, data, retry_for_s=600), tls))
 
 
 def test_a_device_that_lost_its_state_is_known_by_its_certificate(tmp_path: Path) -> None:

@@ -67,3 +67,18 @@ def test_a_code_that_stands_for_nothing_is_a_failed_link(code: grpc.StatusCode) 
 @pytest.mark.parametrize("details", [None, ""])
 def test_a_code_without_words_is_named(details: str | None) -> None:
     assert "DATA_LOSS" in str(error_of(grpc.StatusCode.DATA_LOSS, details))
+
+
+@pytest.mark.parametrize(
+    ("details", "advice"),
+    [
+        ("CERTIFICATE_VERIFY_FAILED: self-signed", "certificate is not accepted"),
+        ("Hostname Verification Check failed.", "certificate is not accepted"),
+        ("SSL_ERROR_SSL: WRONG_VERSION_NUMBER", "does not speak TLS"),
+    ],
+)
+def test_a_handshake_that_no_further_try_will_mend_is_no_server_out_of_reach(details: str, advice: str) -> None:
+    error = error_of(grpc.StatusCode.UNAVAILABLE, f"failed to connect to all addresses; {details}")
+    assert type(error) is LinkError
+    assert advice in str(error)
+    assert details in str(error)
