@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from splitfed.agent.server_calls import ServerCalls
-from splitfed.config import PrivacySection, ServerConfig
+from splitfed.config import AgentPrivacySection, ServerConfig
 from splitfed.errors import BudgetExhausted, JoinRefused, NonFiniteLoss, ProtocolError, RoundLost, SplitFedError
 from splitfed.privacy import epsilon, read_ledger
 from splitfed.training import client_step
@@ -33,10 +33,10 @@ def daemons(tmp_path: Path) -> Iterator[Daemons]:
     daemons.end()
 
 
-def budget(releases: float) -> PrivacySection:
+def budget(releases: float) -> AgentPrivacySection:
     """A policy whose budget ends after so many releases of a record, or so."""
     spent = epsilon([(1.0, releases)], DELTA)
-    return PrivacySection(noise_multiplier=1.0, delta=DELTA, epsilon_budget=spent)
+    return AgentPrivacySection(noise_multiplier=1.0, delta=DELTA, epsilon_budget=spent)
 
 
 def small_run(folder: Path, agents: int, **training: int) -> ServerConfig:
