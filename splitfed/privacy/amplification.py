@@ -6,9 +6,9 @@ from functools import cache, lru_cache
 from typing import Final
 
 _SMALLEST_EXCESS: Final = 1e-9  # of an order over 1
-_LARGEST_FRACTION: Final = 12.0  # above some 40, opacus's series for an order that is no integer ends too early
+_LARGEST_FRACTION: Final = 32.0  # above some 40, opacus's series for an order that is no integer ends too early
 _LARGEST_ORDER: Final = 1024  # above 1029, its binomial coefficients overflow
-_RATIO: Final = 1.05
+_RATIO: Final = 1.02
 _NEIGHBOURS: Final = 2
 
 
@@ -29,7 +29,7 @@ def sampled_epsilon(sampled: Mapping[tuple[float, float], int], signal: float, d
 
     Guarantees:
         * At least the exact epsilon of the composition: any order gives a valid one, and the least is taken over a grid
-          of orders 5 % apart, from 1 + 1e-9 to 1024.
+          of orders 2 % apart, from 1 + 1e-9 to 1024.
         * Every divergence is rounded up by more than opacus's rounding errors; one that opacus cannot compute is not
           used.
 
@@ -109,7 +109,7 @@ def _divergence(sample_rate: float, noise_multiplier: float, order: float) -> fl
         rounding = (1e-12 + 1e-14 * order + 1e-15 * (order / noise_multiplier) ** 2) / (order - 1)
     except (ArithmeticError, ValueError):
         return math.inf
-    return value + rounding if value >= 0 and rounding < math.inf else math.inf
+    return max(value, 0.0) + rounding if -rounding <= value < math.inf else math.inf
 
 
 @cache
