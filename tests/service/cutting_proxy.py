@@ -12,6 +12,10 @@ class CuttingProxy:
         address: Where the server listens.
         cut_after_bytes: Cut each connection once so many bytes went to the server, as often as `cuts` allows.
         cuts: How often to cut.
+
+    Attributes:
+        cuts_left: Cuts still to come.
+        sent: What went to the server, a connection each.
     """
 
     def __init__(self, address: str, *, cut_after_bytes: int = 0, cuts: int = 0) -> None:
@@ -19,6 +23,7 @@ class CuttingProxy:
         self._target = (host, int(port))
         self._cut_after_bytes = cut_after_bytes
         self.cuts_left = cuts
+        self.sent: list[bytearray] = []
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -58,8 +63,13 @@ class CuttingProxy:
 
     def _pump(self, source: socket.socket, target: socket.socket, is_upward: bool) -> None:
         forwarded = 0
+        sent = bytearray()
+        if is_upward:
+            with self._lock:
+                self.sent.append(sent)
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                sent += data if is_upward else b""
                 target.sendall(data)
                 forwarded += len(data)
                 if is_upward and forwarded > self._cut_after_bytes and self._take_cut():
