@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from splitfed.agent.prepare import Prepared
+from splitfed.privacy import Ledger
+from splitfed.training.data import Example
 from splitfed.training.evaluation import evaluate
 from splitfed.training.link import Link
 from splitfed.training.order import step_examples
@@ -22,6 +24,31 @@ class LocalRound:
     losses: list[float]
     loss: float
     sent_tokens: int
+
+
+def check_budget_of_round(ledger: Ledger, prepared: Prepared, *, client: str, round: int) -> None:
+    """Refuse a round that the budget does not allow to the end, before anything of it leaves.
+
+    Args:
+        ledger: The device's ledger.
+        prepared: Gate and examples.
+        client: Name of the client, for its order of examples.
+        round: The round, from 1.
+
+    Raises:
+        BudgetExhausted: If the round would pass the budget.
+    """
+    training = prepared.run.training
+    charges = prepared.gate.planned_round(
+        [
+            [example.record for example in _examples(prepared, client=client, round=round, step=step)]
+            for step in range(training.local_steps)
+        ],
+        prepared.held_out.sequence_records,
+        tokens=training.max_tokens,
+        round=round,
+    )
+    ledger.check_budget(charges, f"Round {round}")
 
 
 def train_locally(
@@ -45,16 +72,8 @@ def train_locally(
     losses: list[float] = []
     loss_sum, label_tokens, sent_tokens = 0.0, 0, 0
     for step in range(training.local_steps):
-        chosen = step_examples(
-            len(prepared.train),
-            seed=prepared.run.run.seed,
-            client=client,
-            round=round,
-            step=step,
-            batch_size=training.batch_size,
-            local_steps=training.local_steps,
-        )
-        result = prepared.trainer.step(link, [prepared.train[index] for index in chosen], round=round, step=step)
+        examples = _examples(prepared, client=client, round=round, step=step)
+        result = prepared.trainer.step(link, examples, round=round, step=step)
         losses.append(result.loss)
         loss_sum += result.loss_sum
         label_tokens += result.label_tokens
@@ -79,3 +98,18 @@ def evaluate_locally(link: Link, prepared: Prepared, *, round: int) -> float | N
         pad_token_id=trainer.pad_token_id,
         round=round,
     )
+
+
+def _examples(prepared: Prepared, *, client: str, round: int, step: int) -> list[Example]:
+    """Give the examples of a local step."""
+    training = prepared.run.training
+    chosen = step_examples(
+        len(prepared.train),
+        seed=prepared.run.run.seed,
+        client=client,
+        round=round,
+        step=step,
+        batch_size=training.batch_size,
+        local_steps=training.local_steps,
+    )
+    return [prepared.train[index] for index in chosen]

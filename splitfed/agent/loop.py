@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from splitfed.agent.leaving import leave
-from splitfed.agent.local_round import LocalRound, evaluate_locally, train_locally
+from splitfed.agent.local_round import LocalRound, check_budget_of_round, evaluate_locally, train_locally
 from splitfed.agent.policy import agree
 from splitfed.agent.prepare import Prepared, prepare
 from splitfed.agent.progress import Progress
@@ -139,6 +139,7 @@ class Agent:
         started_s = self._clock()
         traffic, adapter_traffic = Traffic(), Traffic()
         trainer, training = prepared.trainer, prepared.run.training
+        check_budget_of_round(self._ledger, prepared, client=self._config.agent.name, round=round)
         start = self._start_from(calls, prepared, round, adapter_traffic)
         with self._open_link(calls, prepared, round, traffic) as link:
             local = train_locally(

@@ -13,6 +13,7 @@ from splitfed.privacy import Ledger
 from splitfed.training.client_step import ClientTrainer
 from splitfed.training.data import ExampleSet, load_examples
 from splitfed.training.protection import Workload, open_gate, settle_clip, settle_noise
+from splitfed.training.releases import LedgeredReleases
 from splitfed.training.setup import open_bottom_and_top
 
 _log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Prepared:
     Attributes:
         run: The run's configuration.
         trainer: The client's half of the training.
+        gate: What everything passes that leaves.
         train: Examples to train on.
         held_out: Examples to evaluate on; may be empty.
         blocks: Blocks of the trunk.
@@ -36,6 +38,7 @@ class Prepared:
 
     run: RunConfig
     trainer: ClientTrainer
+    gate: LedgeredReleases
     train: ExampleSet
     held_out: ExampleSet
     blocks: range
@@ -89,21 +92,23 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
     privacy = settle_noise(settle_clip(privacy, bottom), workload)
     refuse_weak_noise(config.privacy, privacy, run.run.name)
     ledger.set_policy(delta=privacy.delta, epsilon_budget=config.privacy.epsilon_budget, relation=privacy.relation)
+    gate = open_gate(privacy, ledger, run.run.name, bottom=bottom, top=top, workload=workload)
     trainer = ClientTrainer(
         bottom,
         top,
         run.training,
-        open_gate(privacy, ledger, run.run.name, bottom=bottom, top=top, workload=workload),
+        gate,
         client=config.agent.name,
         seed=run.run.seed,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
     )
     weight = config.privacy.aggregation_weight
     if weight is None:
-        weight = 1 if trainer.releases.is_noisy else len(train)
+        weight = 1 if gate.is_noisy else len(train)
     return Prepared(
         run=run,
         trainer=trainer,
+        gate=gate,
         train=train,
         held_out=held_out,
         blocks=range(bottom.blocks.stop, top.blocks.start),

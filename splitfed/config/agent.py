@@ -92,3 +92,14 @@ class AgentConfig(Section):
     data: DataSection
     privacy: AgentPrivacySection = AgentPrivacySection()
     tls: TlsSection | None = None
+
+    @field_validator("privacy")
+    @classmethod
+    def _budget_pays_for_no_loss(cls, value: AgentPrivacySection, info: ValidationInfo) -> AgentPrivacySection:
+        agent = info.data.get("agent")
+        if value.epsilon_budget is not None and agent is not None and agent.share_loss:
+            raise ValueError(
+                f"epsilon_budget is {value.epsilon_budget:g}, but a loss that is shared has no noise and passes every "
+                "budget; set agent.share_loss = false, or leave epsilon_budget out"
+            )
+        return value

@@ -134,19 +134,23 @@ class Ledger:
         """
         with self._lock:
             charges = [self._coupled_if_raw(charge) for charge in charges]
-            self._check_budget(charges)
+            self._check_budget(charges, "The next release")
             self._file.append(charges)
             for charge in charges:
                 self._add(charge)
 
-    def would_exceed(self, charges: Sequence[Charge]) -> bool:
-        """Tell whether the budget would refuse these charges together."""
-        try:
-            with self._lock:
-                self._check_budget(charges)
-        except BudgetExhausted:
-            return True
-        return False
+    def check_budget(self, charges: Sequence[Charge], what: str) -> None:
+        """Check that the budget allows something before it is begun; nothing is written.
+
+        Args:
+            charges: What it would cost.
+            what: Its name, for the message.
+
+        Raises:
+            BudgetExhausted: If it would pass the budget.
+        """
+        with self._lock:
+            self._check_budget([self._coupled_if_raw(charge) for charge in charges], what)
 
     def spent(self, channel: str | None, delta: float | None = None, *, unit: Unit = UNIT) -> float | None:
         """Give what all releases of a channel have cost the record that is worst off.
@@ -209,24 +213,24 @@ class Ledger:
             )
         return charge.model_copy(update={"coupled": True})
 
-    def _check_budget(self, charges: Sequence[Charge]) -> None:
+    def _check_budget(self, charges: Sequence[Charge], what: str) -> None:
         """Refuse charges after which a record would have cost more than the budget."""
         if math.isinf(self._epsilon_budget):
             return
         after = self._spending.epsilon_after(charges, None, self._delta, relation=self._relation)
         if after is not None and after <= self._epsilon_budget:
             return
+        channels = ", ".join(sorted({charge.channel for charge in charges}))
         open_channels = sorted({charge.channel for charge in charges if charge.noise_multiplier == 0})
         if open_channels:
             raise BudgetExhausted(
-                f"The next release on the channel {open_channels[0]} has no noise, so the epsilon budget of "
+                f"{what} has no noise on the channel {open_channels[0]}, so the epsilon budget of "
                 f"{self._epsilon_budget:g} cannot be kept, and it was not made; protect that channel, or leave "
                 "epsilon_budget out."
             )
         spent = self._spending.epsilon(None, self._delta, relation=self._relation)
-        channels = ", ".join(sorted({charge.channel for charge in charges}))
         raise BudgetExhausted(
-            f"The next release ({channels}) would pass the epsilon budget of {self._epsilon_budget:g} at delta "
-            f"{self._delta:g}, of which {'all' if spent is None else format_epsilon(spent)} is spent, so it was not "
-            "made; raise epsilon_budget if the owner of the data agrees."
+            f"{what} ({channels}) would pass the epsilon budget of {self._epsilon_budget:g} at delta {self._delta:g}, "
+            f"of which {'all' if spent is None else format_epsilon(spent)} is spent, so it was not made; raise "
+            "epsilon_budget if the owner of the data agrees."
         )

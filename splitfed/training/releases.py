@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Literal, Protocol
 
 from torch import Tensor
 
 from splitfed.privacy import (
+    Channel,
     Charge,
     Ledger,
     Mechanism,
@@ -16,6 +17,9 @@ from splitfed.privacy import (
     UpdateMechanism,
 )
 from splitfed.training.link import Kind, Place
+
+_Vectors = Literal["smashed", "output_gradient"]
+_VECTORS: Final[tuple[_Vectors, ...]] = ("smashed", "output_gradient")
 
 
 class Releases(Protocol):
@@ -177,10 +181,11 @@ class LedgeredReleases:
         """
         if is_real_B is not None:
             smashed_BTD = smashed_BTD * is_real_B[:, None, None].to(smashed_BTD.dtype)
+        B, T, _ = smashed_BTD.shape
         if self.sampling is None or place.kind is not Kind.TRAIN:
-            self._charge("smashed", self.smashed_mechanism, smashed_BTD, records, round, place, self.bottom_trains)
+            self._charge_vectors("smashed", records, B, T, round, place)
         elif place.micro_batch == 0:
-            self._charge_step(smashed_BTD.shape[1], round, place.step)
+            self.ledger.charge_all([self._sampled_step(T, round, place.step)])  # all that it releases, before the first
         return self.smashed_mechanism.release(smashed_BTD)
 
     def output_gradient(self, gradient_BTD: Tensor, *, records: Sequence[str], round: int, place: Place) -> Tensor:
@@ -190,10 +195,10 @@ class LedgeredReleases:
             BudgetExhausted: If the release would cross the budget; nothing has left then.
             LedgerError: If the charge cannot be written.
         """
-        mechanism = self.output_gradient_mechanism
         if self.sampling is None:
-            self._charge("output_gradient", mechanism, gradient_BTD, records, round, place, self.top_trains)
-        return mechanism.release(gradient_BTD)
+            B, T, _ = gradient_BTD.shape
+            self._charge_vectors("output_gradient", records, B, T, round, place)
+        return self.output_gradient_mechanism.release(gradient_BTD)
 
     def adapter_gradient(
         self, sums: Mapping[str, Tensor], *, records: Sequence[str], round: int, step: int
@@ -206,16 +211,7 @@ class LedgeredReleases:
         """
         assert self.per_example is not None
         if self.sampling is None:
-            self.ledger.charge(
-                "adapter",
-                noise_multiplier=self.per_example.noise_multiplier,
-                records=records,
-                sequences=len(records),
-                run=self.run,
-                round=round,
-                step=step,
-                coupled=False,
-            )
+            self.ledger.charge_all([self._gradient_step(records, round, step)])
         return self.per_example.release(sums)
 
     def adapter_update(
@@ -227,77 +223,121 @@ class LedgeredReleases:
             BudgetExhausted: If the release would cross the budget; nothing has left then.
             LedgerError: If the charge cannot be written.
         """
-        if self.per_example is not None or not (self.bottom_trains or self.top_trains):
-            return dict(after)  # made of releases that are charged, or of nothing that was trained here
-        noise_multiplier = self.update.noise_multiplier if self.update is not None else 0.0
-        self.ledger.charge(
-            "adapter",
-            noise_multiplier=noise_multiplier,
-            unit="client" if self.update is not None else "sequence",
-            records=[],
-            sequences=1,
-            run=self.run,
-            round=round,
-            step=0,
-        )
+        self.ledger.charge_all(self._update(round))
         return dict(after) if self.update is None else self.update.release(before, after)
 
-    def _charge(
-        self,
-        channel: str,
-        mechanism: Mechanism,
-        x_BTD: Tensor,
-        records: Sequence[str],
-        round: int,
-        place: Place,
-        segment_trains: bool,
+    def planned_round(
+        self, steps: Sequence[Sequence[str]], held_out: Sequence[str], *, tokens: int, round: int
+    ) -> list[Charge]:
+        """Foresee what a round will charge.
+
+        Args:
+            steps: The records of each local step; where examples are drawn in secret only their number counts.
+            held_out: The records of the evaluation.
+            tokens: The run's T.
+            round: The round, from 1.
+        """
+        planned = []
+        for step, records in enumerate(steps):
+            place = Place(step, 0)
+            if self.sampling is not None:
+                planned.append(self._sampled_step(tokens, round, step))
+                continue
+            for channel in _VECTORS:
+                planned.append(self._vectors(channel, records, len(records), tokens, round, place))
+            if self.per_example is not None:
+                planned.append(self._gradient_step(records, round, step))
+        if held_out:
+            evaluation = Place(0, 0, Kind.EVALUATE)
+            planned.append(self._vectors("smashed", held_out, len(held_out), tokens, round, evaluation))
+        return planned + self._update(round)
+
+    def _charge_vectors(
+        self, channel: _Vectors, records: Sequence[str], sequences: int, tokens: int, round: int, place: Place
     ) -> None:
-        if not _is_noisy(mechanism):
+        if not _is_noisy(self._mechanism(channel)):
             if (channel, round) in self._unprotected:
                 return
             self._unprotected.add((channel, round))
-        self.ledger.charge(
-            channel,
+        self.ledger.charge_all([self._vectors(channel, records, sequences, tokens, round, place)])
+
+    def _mechanism(self, channel: _Vectors) -> Mechanism:
+        return self.smashed_mechanism if channel == "smashed" else self.output_gradient_mechanism
+
+    def _vectors(
+        self, channel: _Vectors, records: Sequence[str], sequences: int, tokens: int, round: int, place: Place
+    ) -> Charge:
+        """Charge hidden vectors."""
+        mechanism = self._mechanism(channel)
+        segment_trains = self.bottom_trains if channel == "smashed" else self.top_trains
+        return Charge(
+            channel=channel,
             noise_multiplier=mechanism.noise_multiplier,
-            records=records,
-            sequences=len(x_BTD),
+            unit=mechanism.unit,
+            units=mechanism.units(tokens),
+            eta=getattr(mechanism, "eta", None),
+            records=tuple(records),
+            sequences=sequences,
             run=self.run,
             round=round,
             step=place.step,
             kind=place.kind.value,
             coupled=segment_trains and self.per_example is None,
-            unit=mechanism.unit,
-            units=mechanism.units(x_BTD.shape[1]),
-            eta=getattr(mechanism, "eta", None),
         )
 
-    def _charge_step(self, tokens: int, round: int, step: int) -> None:
-        """Charge all channels of a step at once, before the first of it leaves."""
-        assert self.sampling is not None
-        mechanisms = {"smashed": self.smashed_mechanism, "output_gradient": self.output_gradient_mechanism}
-        signals = {
-            channel: mechanism.units(tokens) / mechanism.noise_multiplier**2
-            for channel, mechanism in mechanisms.items()
-        }
-        if self.per_example is not None and (self.bottom_trains or self.top_trains):
-            signals["adapter"] = 1 / self.per_example.noise_multiplier**2
-        self.ledger.charge_all(
-            [
-                Charge(
-                    channel="step",
-                    noise_multiplier=sum(signals.values()) ** -0.5,
-                    channels={channel: signal**-0.5 for channel, signal in signals.items()},  # type: ignore[misc]
-                    records=(),
-                    sequences=1,
-                    run=self.run,
-                    round=round,
-                    step=step,
-                    coupled=False,
-                    sample_rate=self.sampling.sample_rate,
-                    overflow=self.sampling.overflow,
-                )
-            ]
+    def _gradient_step(self, records: Sequence[str], round: int, step: int) -> Charge:
+        """Charge a step of DP-SGD."""
+        assert self.per_example is not None
+        return Charge(
+            channel="adapter",
+            noise_multiplier=self.per_example.noise_multiplier,
+            records=tuple(records),
+            sequences=len(records),
+            run=self.run,
+            round=round,
+            step=step,
+            coupled=False,
         )
+
+    def _sampled_step(self, tokens: int, round: int, step: int) -> Charge:
+        """Charge everything of a step whose examples are drawn in secret."""
+        assert self.sampling is not None
+        signals: dict[Channel, float] = {
+            channel: self._mechanism(channel).units(tokens) / self._mechanism(channel).noise_multiplier ** 2
+            for channel in _VECTORS
+        }
+        if self.per_example is not None:
+            signals["adapter"] = 1 / self.per_example.noise_multiplier**2
+        return Charge(
+            channel="step",
+            noise_multiplier=sum(signals.values()) ** -0.5,
+            channels={channel: signal**-0.5 for channel, signal in signals.items()},
+            records=(),
+            sequences=1,
+            run=self.run,
+            round=round,
+            step=step,
+            coupled=False,
+            sample_rate=self.sampling.sample_rate,
+            overflow=self.sampling.overflow,
+        )
+
+    def _update(self, round: int) -> list[Charge]:
+        """Charge the adapters that leave, unless they are made of what is charged, or of nothing trained here."""
+        if self.per_example is not None or not (self.bottom_trains or self.top_trains):
+            return []
+        return [
+            Charge(
+                channel="adapter",
+                noise_multiplier=0.0 if self.update is None else self.update.noise_multiplier,
+                unit="sequence" if self.update is None else "client",
+                records=(),
+                sequences=1,
+                run=self.run,
+                round=round,
+                step=0,
+            )
+        ]
 
 
 def _is_noisy(mechanism: Mechanism) -> bool:

@@ -322,7 +322,7 @@ def test_the_budget_is_meant_under_the_policy_s_relation(path, relation):
 def test_nothing_without_noise_leaves_under_a_budget(path, channel):
     with Ledger(path) as ledger:
         ledger.set_policy(epsilon_budget=1e9)
-        with pytest.raises(BudgetExhausted, match=f"channel {channel} has no noise"):
+        with pytest.raises(BudgetExhausted, match=f"has no noise on the channel {channel}"):
             charge(ledger, channel=channel, z=0.0)
         assert ledger.spent(None) == 0
 
@@ -332,8 +332,9 @@ def test_charges_that_pass_the_budget_together_are_refused_together(path):
     charges = [Charge(channel="smashed", **fields), Charge(channel="output_gradient", **fields)]
     with Ledger(path) as ledger:
         ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 4)], DELTA))
-        assert not ledger.would_exceed(charges * 2)
-        assert ledger.would_exceed(charges * 3)
+        ledger.check_budget(charges * 2, "The round")
+        with pytest.raises(BudgetExhausted, match=r"The round \(output_gradient, smashed\) would pass"):
+            ledger.check_budget(charges * 3, "The round")
         with pytest.raises(BudgetExhausted):
             ledger.charge_all(charges * 3)
         assert ledger.spent("smashed") == ledger.spent("output_gradient") == 0
