@@ -118,22 +118,19 @@ class Composition:
         """
         if relation not in (REPLACE_ONE, ZERO_OUT):
             raise ValueError(f"There is no relation {relation!r}; choose {REPLACE_ONE!r} or {ZERO_OUT!r}.")
-        always = [squared * steps for (_, squared), steps in self.sampled.items() if steps]
-        total = sum(always, self.signal)
+        steps_of = {(rate, squared): n for (rate, squared), n in self.sampled.items() if rate and squared and n}
+        total = sum((squared * n for (_, squared), n in steps_of.items()), self.signal)
         if relation == REPLACE_ONE:
             return gaussian_epsilon(total, delta)
         unamplified = gaussian_epsilon(total / 4, delta)
-        certain, sampled = self.signal, {}
-        for (rate, squared), steps in self.sampled.items():
-            if rate == 1 and steps:
-                certain += squared * steps
-            elif rate and squared and steps:
-                sampled[rate, squared] = steps
+        certain = sum((squared * n for (rate, squared), n in steps_of.items() if rate == 1), self.signal)
+        sampled = {(rate, squared): n for (rate, squared), n in steps_of.items() if rate < 1}
         left = math.nextafter(delta - self.overflow, 0.0)
-        if unamplified == 0 or not sampled or left <= 0 or certain / 4 > MAX_SQUARED_SIGNAL:
+        largest = max([certain, *(squared for _, squared in sampled)])
+        if unamplified == 0 or not sampled or left <= 0 or largest / 4 > MAX_SQUARED_SIGNAL:
             return unamplified
-        amplified = sampled_epsilon(sampled, certain, left)
-        return min(amplified, math.inf if unamplified is None else unamplified) if amplified < math.inf else unamplified
+        stated = min(sampled_epsilon(sampled, certain, left), math.inf if unamplified is None else unamplified)
+        return stated if stated < math.inf else None
 
 
 def epsilon(releases: Iterable[tuple[float, int]], delta: float) -> float | None:
