@@ -37,15 +37,18 @@ class Composition:
     is known exactly (``gaussian_epsilon``).
 
     **With sampling**, under zero-out only. Let a step draw every record on its own with probability q. Fix what the
-    other records draw: the step is then a function of one record x and of whether x is drawn. If it is, everything that
-    the step releases about x, over all channels and with the server choosing each of its answers in between, is an
-    adaptive composition of Gaussians, dominated by the pair N(μ, 1), N(0, 1) with μ² = Σ 1/z² over the step's channels.
-    If it is not, and likewise if x is zeroed, x's place holds noise alone. So a step is dominated by the pair
-    (1 - q) · N(0, 1) + q · N(μ, 1) and N(0, 1), in either order: the Poisson-sampled Gaussian mechanism. Steps draw
-    afresh, so they compose adaptively, and the Rényi divergences of sampled steps and of releases without sampling add
-    up (``sampled_epsilon``). A step that cannot hold all that it drew is outside this argument: with the probability
-    ``overflow`` anything may happen, so epsilon is that of delta - overflow. No overflow is needed for the figure
-    without sampling, and the smaller of the two is stated.
+    other records draw, and where each record would stand: the step is then a function of one record x and of whether x
+    is drawn. If it is, everything that the step releases about x, over all channels and with the server choosing each
+    of its answers in between, is an adaptive composition of Gaussians, dominated by the pair N(μ, 1), N(0, 1) with
+    μ² = Σ 1/z² over the step's channels. If it is not, and likewise if x is zeroed, x's place holds noise alone. So the
+    step is dominated by the pair (1 - q) · N(0, 1) + q · N(μ, 1) and N(0, 1), in either order: the Poisson-sampled
+    Gaussian mechanism. What was fixed has the same law with x and without, so mixing over it makes the two no easier to
+    tell apart. Steps draw afresh, so they compose adaptively, and the Rényi divergences of sampled steps and of
+    releases without sampling add up (``sampled_epsilon``).
+
+    A step whose other records alone fill its places is outside this argument: with the probability ``overflow``
+    anything may happen, so the epsilon is that of delta - overflow. The figure without sampling needs no such thing,
+    and the smaller of the two is stated.
 
     It may be claimed only if all of this is true:
 

@@ -12,7 +12,7 @@ Mills' ratio M(t) = Φ(-t) / φ(t) = √(π/2) · erfcx(t / √2), it is
 in which nothing overflows: e^ε is gone, and t stays within ±40 wherever δ is a float64.
 
 Source: Balle & Wang, Improving the Gaussian mechanism for differential privacy (2018), Theorem 8; Dong, Roth & Su,
-Gaussian differential privacy (2022), Corollary 3.3 for the composition.
+Gaussian differential privacy (2022), section 3, for the composition.
 """
 
 import math
