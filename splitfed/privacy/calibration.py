@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final
 
-from splitfed.privacy.accounting import ZERO_OUT, Composition
+from splitfed.privacy.accounting import ZERO_OUT, Composition, squared_signal
 from splitfed.privacy.accounting import epsilon as epsilon_of
 
 _MANTISSAS: Final = 9000  # of four digits: 1000 to 9999
@@ -83,9 +83,8 @@ def sampled_noise_multiplier_for(
         )
 
     def keeps(noise_multiplier: float) -> bool:
-        signal = 1 / noise_multiplier**2
-        releases = Composition(unsampled * signal, {(sample_rate, channels * signal): steps}, overflow)
-        spent = releases.epsilon(delta, ZERO_OUT)
+        certain, step = (squared_signal([(noise_multiplier, count)]) for count in (unsampled, channels))
+        spent = Composition(certain, {(sample_rate, step): steps}, overflow).epsilon(delta, ZERO_OUT)
         return spent is not None and spent <= epsilon
 
     return _least(keeps, epsilon)

@@ -101,3 +101,5 @@ def test_a_delta_or_a_sample_rate_outside_its_range_is_refused():
 def test_an_epsilon_that_no_noise_reaches_is_refused():
     with pytest.raises(ValueError, match="No noise is enough for epsilon 1e-200"):
         noise_multiplier_for(1e-200, 1e-300, 1)
+    with pytest.raises(ValueError, match="No noise is enough for epsilon 1e-200"):
+        sampled_noise_multiplier_for(1e-200, 1e-300, sample_rate=1.0, steps=1)
