@@ -158,7 +158,7 @@ class ClientTrainer:
         load_adapter_state(self.bottom, state)
         load_adapter_state(self.top, state)
 
-    def step(self, link: Link, examples: Sequence[Example], *, round: int, step: int) -> StepResult:
+    def step(self, link: Link, examples: Sequence[Example | None], *, round: int, step: int) -> StepResult:
         """Run one local step over a link.
 
         Micro-batches go out in their order, at most ``max_in_flight`` between forward and backward; gradients are
@@ -166,7 +166,7 @@ class ClientTrainer:
 
         Args:
             link: The client's link in this round.
-            examples: The step's examples.
+            examples: The step's examples; None = a row that is noise alone, with the shape of any other.
             round: The round, from 1.
             step: Local step in the round, from 0.
 
@@ -200,7 +200,7 @@ class ClientTrainer:
         sent_tokens = sum(batch.input_ids_BT.numel() for batch in batches)
         return StepResult(loss_sum, label_tokens, sent_tokens)
 
-    def _micro_batches(self, examples: Sequence[Example]) -> list[Batch]:
+    def _micro_batches(self, examples: Sequence[Example | None]) -> list[Batch]:
         """Cut a step's examples into what crosses the wire at once; with noise on, every row has the run's length."""
         size = self._training.micro_batch_size or self._training.batch_size
         length = self._training.max_tokens if self.releases.is_noisy else None
@@ -239,7 +239,11 @@ class ClientTrainer:
         ):
             torch.manual_seed(self._stream("bottom", under_way.round, place))
             bottom_BTD = self.releases.smashed(
-                self.bottom(batch.input_ids_BT), records=batch.records, round=under_way.round, place=place
+                self.bottom(batch.input_ids_BT),
+                records=batch.records,
+                round=under_way.round,
+                place=place,
+                is_real_B=batch.is_real_B,
             )
         with refusing_what_is_not_finite("smashed data", under_way.round, place):
             output = under_way.link.forward(place, bottom_BTD.detach(), wants_smashed_gradient=self._bottom_trains)
@@ -260,6 +264,8 @@ class ClientTrainer:
                 "Lower the learning rate or the noise, and start the agent again."
             )
         gradient_BTD = self._back_through_the_top(loss, trunk_output_BTD, top_pass)
+        if sent.batch.is_real_B is not None:
+            gradient_BTD = gradient_BTD.masked_fill(~sent.batch.is_real_B[:, None, None], 0)
         gradient_BTD = self.releases.output_gradient(
             gradient_BTD, records=sent.batch.records, round=round, place=sent.place
         )
@@ -268,7 +274,7 @@ class ClientTrainer:
         with refusing_what_is_not_finite("output gradient", round, sent.place):
             smashed_gradient = under_way.link.backward(sent.place, gradient_BTD)
         if under_way.gradients is not None and top_pass is not None and not self._bottom_trains:
-            under_way.gradients.add(top_pass)
+            under_way.gradients.add(top_pass, is_real_B=sent.batch.is_real_B)
         under_way.returning.append(_Returning(sent, top_pass, smashed_gradient))
         while len(under_way.returning) > self._training.max_in_flight:
             self._finish(under_way)
@@ -297,7 +303,7 @@ class ClientTrainer:
             bottom_BTD.backward(gradient_BTD)
             return
         bottom_pass.backward(bottom_BTD, gradient_BTD * self._training.batch_size)
-        under_way.gradients.add(bottom_pass, back.top_pass)
+        under_way.gradients.add(bottom_pass, back.top_pass, is_real_B=back.sent.batch.is_real_B)
 
     def _stream(self, segment: str, round: int, place: Place) -> int:
         return derive_seed(self._seed, segment, round, self._client, place.step, place.micro_batch)

@@ -102,12 +102,14 @@ class Batch:
     Attributes:
         input_ids_BT: Token ids, int64, shape [B, T].
         labels_BT: Labels, int64, shape [B, T]; -100 where none carries loss, padding included.
-        records: Record of each sequence.
+        records: Record of each sequence that is an example.
+        is_real_B: False where a row holds no example, shape [B]; None = all rows do.
     """
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     records: list[str]
+    is_real_B: Tensor | None = None
 
 
 def load_examples(
@@ -146,29 +148,36 @@ def load_examples(
     return train, held_out
 
 
-def collate(examples: Sequence[Example], *, pad_token_id: int, length: int | None = None) -> Batch:
+def collate(examples: Sequence[Example | None], *, pad_token_id: int, length: int | None = None) -> Batch:
     """Pad examples on the right and stack them.
 
     Args:
-        examples: At least one.
+        examples: At least one; None = a row of padding that carries no loss.
         pad_token_id: Token id of the padding.
         length: Tokens to pad to, the run's T with noise on; None = the longest example.
 
     Raises:
         ValueError: If there are no examples, or one is longer than ``length``.
     """
-    longest = max((len(example.input_ids) for example in examples), default=0)
-    if longest == 0:
-        raise ValueError("there are no examples to collate")
+    longest = max((len(example.input_ids) for example in examples if example is not None), default=0)
     T = longest if length is None else length
+    if not examples or T == 0:
+        raise ValueError("there are no examples to collate")
     if longest > T:
         raise ValueError(f"an example has {longest} tokens, more than the length {T} to pad to")
     input_ids_BT = torch.full((len(examples), T), pad_token_id, dtype=torch.int64)
     labels_BT = torch.full((len(examples), T), IGNORED_LABEL, dtype=torch.int64)
     for row, example in enumerate(examples):
-        input_ids_BT[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        labels_BT[row, : len(example.labels)] = torch.tensor(example.labels)
-    return Batch(input_ids_BT, labels_BT, [example.record for example in examples])
+        if example is not None:
+            input_ids_BT[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+            labels_BT[row, : len(example.labels)] = torch.tensor(example.labels)
+    is_real = [example is not None for example in examples]
+    return Batch(
+        input_ids_BT,
+        labels_BT,
+        [example.record for example in examples if example is not None],
+        None if all(is_real) else torch.tensor(is_real),
+    )
 
 
 def _load(

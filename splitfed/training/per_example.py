@@ -119,13 +119,13 @@ class GradientSum:
 
         Args:
             passes: The micro-batch's passes, after their backward.
-            is_real_B: False for rows that hold no example, shape [B]; left out = none.
+            is_real_B: False for rows that hold no example, shape [B]; left out = all hold one.
 
         Raises:
             PrivacyError: If an example's gradient holds a NaN or an infinity.
         """
         per_example = {name: gradients for each in passes for name, gradients in each.gradients.items()}
-        if is_real_B is not None and not is_real_B.all():
+        if is_real_B is not None:
             per_example = {name: gradients[is_real_B] for name, gradients in per_example.items()}
         for name, clipped in self._mechanism.clip(per_example).items():
             self.sums[name] += clipped

@@ -1,8 +1,9 @@
 """A local step gives the same numbers however it crosses the link, and stops before it sends what is not finite."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ from torch import Tensor
 
 from splitfed.errors import NonFiniteLoss, PrivacyError, RoundLost
 from splitfed.models import adapter_parameters, load_adapter_state
-from splitfed.privacy import Ledger
-from splitfed.training.client_step import causal_lm_loss, count_label_tokens
+from splitfed.privacy import Ledger, PerExampleMechanism, StepSampling
+from splitfed.training.client_step import Loss, causal_lm_loss, count_label_tokens
 from splitfed.training.data import Example
 from splitfed.training.link import Link, Place
 from splitfed.training.objective import IGNORED_LABEL
-from splitfed.training.releases import OpenReleases, Releases
+from splitfed.training.releases import LedgeredReleases, OpenReleases, Releases
 from tests.equivalence.closeness import assert_equal_to_rounding
 from tests.training.split_client import (
     TRAINING,
     VOCABULARY,
     B,
+    D,
     RecordingLink,
     ScriptedNoise,
     SplitClient,
@@ -176,6 +178,111 @@ def test_a_smashed_gradient_is_asked_for_where_the_bottom_has_something_to_train
     assert {sent.wants_smashed_gradient for sent in client.link.sent if sent.call == "forward"} == {wants}
     after = client.adapters()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+# Rows that hold no example
+
+
+SECRET = TRAINING.model_copy(update={"batch_size": 6, "micro_batch_size": 4})
+DRAWS: list[list[Example | None]] = [
+    [None] * 6,
+    [None, TEXTS[0], None, None, None, TEXTS[1]],
+    [None, None, None, None, TEXTS[2], None],
+    [TEXTS[3], TEXTS[0], TEXTS[1], TEXTS[2], TEXTS[3], TEXTS[0]],
+]
+
+
+def secret_client(ledger: Ledger, *, noise: float | None = None, loss: Loss = causal_lm_loss) -> SplitClient:
+    """A client under DP-SGD with noise on the cut; every sample of it is so many standard deviations, or random."""
+    *cut, own = [None if noise is None else ScriptedNoise(noise) for _ in range(3)]
+    gate = replace(
+        noisy(ledger, streams=(cut[0], cut[1])),
+        per_example=PerExampleMechanism(1.0, 1.0, own),
+        sampling=StepSampling(0.1),
+    )
+    return split_client(gate, training=SECRET, loss=loss)
+
+
+def test_what_crosses_the_link_has_the_same_shape_whoever_was_drawn(ledger: Ledger) -> None:
+    crossed = []
+    for draw in DRAWS:
+        client = secret_client(ledger)
+        result = client.trainer.step(client.link, draw, round=1, step=0)
+        assert result.sent_tokens == 6 * T
+        assert result.label_tokens == sum(len(text.input_ids) - 1 for text in draw if text is not None)
+        crossed.append(
+            [
+                (sent.call, sent.place, sent.tensor_BTD.shape, sent.tensor_BTD.count_nonzero().item())
+                for sent in client.link.sent
+            ]
+        )
+    assert [call[:3] for call in crossed[0]] == [
+        ("forward", Place(0, 0), (4, T, D)),
+        ("forward", Place(0, 1), (2, T, D)),
+        ("backward", Place(0, 0), (4, T, D)),
+        ("backward", Place(0, 1), (2, T, D)),
+    ]
+    assert crossed == [crossed[0]] * len(DRAWS)  # and every element of every row has its noise
+
+
+def test_a_row_without_an_example_is_noise_alone_and_changes_no_other_row(ledger: Ledger) -> None:
+    sent = {}
+    for noise in (0.0, 1.0):
+        client = secret_client(ledger, noise=noise)
+        client.trainer.step(client.link, DRAWS[1], round=1, step=0)
+        sent[noise] = [torch.cat(client.link.of(call)) for call in ("forward", "backward")]
+    full = secret_client(ledger, noise=0.0)
+    full.trainer.step(full.link, [text or TEXTS[3] for text in DRAWS[1]], round=1, step=0)
+    empty, held = [0, 2, 3, 4], [1, 5]
+    for call, quiet_BTD, loud_BTD in zip(("forward", "backward"), sent[0.0], sent[1.0], strict=True):
+        assert quiet_BTD[empty].count_nonzero() == 0
+        assert len(loud_BTD[empty].unique()) == 1  # the script's only value
+        assert_equal_to_rounding(quiet_BTD[held], torch.cat(full.link.of(call))[held], call)
+
+
+def test_a_row_without_an_example_is_in_no_sum_and_no_record_though_noise_flows_through_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clipped: list[set[int]] = []
+    records: list[list[str]] = []
+    clip, adapter_gradient = PerExampleMechanism.clip, LedgeredReleases.adapter_gradient
+
+    def watched_clip(self: PerExampleMechanism, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        clipped.append({len(gradients) for gradients in per_example.values()})
+        return clip(self, per_example)
+
+    def watched_gate(self: LedgeredReleases, sums: Mapping[str, Tensor], **beside: Any) -> dict[str, Tensor]:
+        records.append(beside["records"])
+        return adapter_gradient(self, sums, **beside)
+
+    monkeypatch.setattr(PerExampleMechanism, "clip", watched_clip)
+    monkeypatch.setattr(LedgeredReleases, "adapter_gradient", watched_gate)
+    client = secret_client(ledger)
+    for step, draw in enumerate(DRAWS[:2]):
+        client.trainer.step(client.link, draw, round=1, step=step)
+    assert clipped == [{0}, {0}, {1}, {1}]  # four rows and two
+    assert records == [[], ["r0", "r1"]]
+
+
+def test_an_empty_draw_is_a_step_of_noise_alone(ledger: Ledger) -> None:
+    client = secret_client(ledger, noise=0.0)
+    before = client.adapters()
+    assert client.trainer.step(client.link, DRAWS[0], round=1, step=0).loss == 0.0
+    assert_same_bits(client.adapters(), before)
+    client = secret_client(ledger, noise=1.0)
+    client.trainer.step(client.link, DRAWS[0], round=1, step=0)
+    after = client.trainer.adapter_state()
+    assert [name for name, tensor in after.items() if torch.equal(tensor, before[name])] == []
+
+
+def test_a_loss_that_heeds_no_labels_says_nothing_of_a_row_without_an_example(ledger: Ledger) -> None:
+    def loss(logits_BTV: Tensor, labels_BT: Tensor, divisor: float) -> Tensor:
+        return logits_BTV.pow(2).sum() / divisor
+
+    client = secret_client(ledger, noise=0.0, loss=loss)
+    client.trainer.step(client.link, DRAWS[1], round=1, step=0)
+    gradient_BTD = torch.cat(client.link.of("backward"))
+    assert [row for row in range(6) if gradient_BTD[row].count_nonzero()] == [1, 5]
 
 
 # Random streams

@@ -145,11 +145,26 @@ def test_batches_can_all_have_the_runs_length() -> None:
     assert batch.labels_BT.tolist() == [[5, -100, -100, -100]]
 
 
+def test_a_row_without_an_example_is_padding_that_carries_no_loss() -> None:
+    batch = collate([None, Example([5, 6], [5, 6], "a"), None], pad_token_id=9, length=3)
+    assert batch.input_ids_BT.tolist() == [[9, 9, 9], [5, 6, 9], [9, 9, 9]]
+    assert batch.labels_BT.tolist() == [[-100] * 3, [5, 6, -100], [-100] * 3]
+    assert batch.records == ["a"]
+    assert batch.is_real_B is not None
+    assert batch.is_real_B.tolist() == [False, True, False]
+    assert collate([Example([5], [5], "a")], pad_token_id=9, length=3).is_real_B is None
+    empty = collate([None, None], pad_token_id=9, length=3)
+    assert empty.input_ids_BT.shape == (2, 3)
+    assert empty.records == []
+
+
 def test_what_cannot_be_collated_is_refused() -> None:
     with pytest.raises(ValueError, match="an example has 3 tokens, more than the length 2"):
         collate([Example([1, 2, 3], [1, 2, 3], "a")], pad_token_id=0, length=2)
     with pytest.raises(ValueError, match="no examples"):
         collate([], pad_token_id=0)
+    with pytest.raises(ValueError, match="no examples"):
+        collate([None, None], pad_token_id=0)
 
 
 def test_real_rows_become_prompts_and_completions(e2e: Path, stories260k: Path) -> None:
