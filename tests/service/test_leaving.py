@@ -1,10 +1,14 @@
 """An agent that stops for a reason of its own leaves the run in good order: nobody waits for it."""
 
+import itertools
+import json
 import secrets
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from safetensors.torch import load_file
 from splitfed.agent.server_calls import ServerCalls
 from splitfed.config import AgentPrivacySection, ServerConfig
 from splitfed.errors import BudgetExhausted, JoinRefused, NonFiniteLoss, ProtocolError, RoundLost, SplitFedError
-from splitfed.privacy import epsilon, read_ledger
+from splitfed.privacy import epsilon
+from splitfed.server.contribution import Contribution
+from splitfed.server.coordinator import Coordinator
 from splitfed.training import client_step
 from tests.equivalence.in_process import simulate_files
 from tests.service.conftest import server_config, write_texts
@@ -24,6 +30,8 @@ from tests.service.local import agent_config, run_agent_here, serving, start_age
 DELTA = 1e-5
 FAR_BEYOND_THE_TEST_S = 300.0
 """Whoever waits for an agent's timeout fails the test."""
+CHANNELS_OF_A_RECORD = 3
+"""What a record is charged for in each use: smashed data, output gradient, gradient of the agent's adapters."""
 
 
 @pytest.fixture
@@ -62,21 +70,64 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 
 def test_the_others_finish_at_once_without_an_agent_whose_budget_ends(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes of it is to the bit what the two come to without the third."""
-    files = {name: write_texts(tmp_path / f"{name}.jsonl", name, rows) for name, rows in (("a", 6), ("b", 8), ("c", 3))}
+    """Its budget allows the first round, not the second: each adapter is the mean of those who were in its round."""
+    updates: dict[int, dict[str, Mapping[str, torch.Tensor]]] = {1: {}, 2: {}}
+    submit = Coordinator.submit
+
+    async def note(
+        self: Coordinator, client: str, round: int, ends: Mapping[str, torch.Tensor], contribution: Contribution
+    ) -> bool:
+        updates[round][client] = ends
+        return await submit(self, client, round, ends, contribution)
+
+    monkeypatch.setattr(Coordinator, "submit", note)
     config = small_run(tmp_path, 3)
+    uses_of_a_record = config.training.local_steps * config.training.batch_size  # in a round: it is the only one
+    policy = budget(1.5 * CHANNELS_OF_A_RECORD * uses_of_a_record)
+    files = {name: write_texts(tmp_path / f"{name}.jsonl", name, rows) for name, rows in (("a", 6), ("b", 8), ("c", 1))}
     with caplog.at_level("INFO", "splitfed"), serving(config) as server:
         steady = [start_agent(agent_config(tmp_path, name, server.address, files[name])) for name in "ab"]
         with pytest.raises(BudgetExhausted, match="epsilon budget of"):
-            run_agent_here(agent_config(tmp_path, "c", server.address, files.pop("c"), privacy=budget(5)))
-        assert {row.round for row in read_ledger(tmp_path / "c" / "ledger.jsonl").rows} == {1}
+            run_agent_here(agent_config(tmp_path, "c", server.address, files["c"], privacy=policy))
         for ended in steady:
             ended.result(120)
         server.ended.result(20)
     assert "c left for good (2 of 3 here)" in caplog.text
-    assert_same(exported(config), undisturbed(config, **files))
+    assert {round: sorted(names) for round, names in updates.items()} == {1: ["a", "b", "c"], 2: ["a", "b"]}
+    for line in map(json.loads, (config.run.directory / "metrics.jsonl").read_text().splitlines()):
+        weights = {client: share["weight"] for client, share in line["agents"].items()}
+        adapter = load_file(config.run.directory / line["adapter"] / "adapter_model.safetensors")
+        ends = updates[line["round"]]
+        for name in ends["a"]:
+            mean = sum(weights[client] * ends[client][name] for client in weights) / sum(weights.values())
+            torch.testing.assert_close(adapter[f"base_model.model.{name}"], mean, rtol=0, atol=1e-6)
+
+
+def test_an_agent_that_leaves_in_the_middle_of_a_round_leaves_no_trace_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes of it is to the bit what the two come to without the third."""
+    loss, losses_of_c = client_step.ForCausalLMLoss, itertools.count(1)
+
+    def lose(*given: Any, **named: Any) -> Any:
+        is_last = threading.current_thread().name == "c" and next(losses_of_c) == 2
+        return loss(*given, **named) * (float("nan") if is_last else 1.0)
+
+    monkeypatch.setattr(client_step, "ForCausalLMLoss", lose)
+    files = {name: write_texts(tmp_path / f"{name}.jsonl", name, rows) for name, rows in (("a", 6), ("b", 8), ("c", 5))}
+    config = small_run(tmp_path, 3)
+    with caplog.at_level("INFO", "splitfed"), serving(config) as server:
+        ended = {name: start_agent(agent_config(tmp_path, name, server.address, file)) for name, file in files.items()}
+        with pytest.raises(NonFiniteLoss):
+            ended["c"].result(120)
+        for name in "ab":
+            ended[name].result(120)
+        server.ended.result(20)
+    monkeypatch.undo()
+    assert "c left for good (2 of 3 here)" in caplog.text
+    assert_same(exported(config), undisturbed(config, a=files["a"], b=files["b"]))
 
 
 def test_a_run_that_every_agent_left_for_good_ends_after_its_last_whole_round(
