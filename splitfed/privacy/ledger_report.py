@@ -32,7 +32,7 @@ class ReportLine(BaseModel):
 
     run: str
     round: int
-    channel: Channel | Literal["step"]
+    channel: Literal["smashed", "output_gradient", "adapter", "loss", "step"]
     """"step" = all channels of local steps whose examples were drawn in secret."""
     kind: str
     noise_multiplier: float

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from splitfed.privacy.accounting import MAX_SQUARED_SIGNAL, Composition
+from splitfed.privacy.accounting import MAX_SQUARED_SIGNAL, Composition, squared_signal
 from splitfed.privacy.figures import format_epsilon
 from splitfed.privacy.mechanisms import RELATION, UNIT, Unit
 
@@ -38,7 +38,7 @@ class Charge(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    channel: Channel | Literal["step"]
+    channel: Literal["smashed", "output_gradient", "adapter", "loss", "step"]
     """What leaves; "step" = everything of one local step whose examples were drawn in secret."""
     noise_multiplier: NoiseMultiplier
     """Standard deviation of the noise ÷ sensitivity for one unit; 0 = no epsilon is guaranteed."""
@@ -82,9 +82,8 @@ class Charge(BaseModel):
         """Give 1/z² of one release for a sequence, or for one of its tokens; infinite if no epsilon is guaranteed."""
         if self.noise_multiplier == 0:
             return math.inf
-        inverse = 1 / self.noise_multiplier  # squared, it may be 0 for a multiplier that float64 cannot square
         is_token = per_token and self.unit == "token"
-        return max(inverse * inverse * (1.0 if is_token else self.units), math.ulp(0.0))
+        return squared_signal([(self.noise_multiplier, 1)]) * (1.0 if is_token else self.units)
 
 
 @dataclass
@@ -267,5 +266,5 @@ def _signals(charge: Charge, *, per_token: bool) -> list[tuple[Channel | None, f
     """Give the squared signal that a charge adds to each channel, and to all together (None)."""
     together = charge.signal(per_token=per_token)
     if charge.channel == "step":
-        return [(None, together), *((channel, 1 / z**2) for channel, z in (charge.channels or {}).items())]
+        return [(None, together), *((channel, squared_signal([(z, 1)])) for channel, z in (charge.channels or {}).items())]
     return [(None, together), (charge.channel, together)]

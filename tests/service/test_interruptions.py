@@ -141,7 +141,7 @@ def test_a_resend_is_the_same_release_and_is_charged_once(tmp_path: Path) -> Non
     assert released(folder / "a" / "ledger.jsonl") == {
         "smashed": sequences,
         "output_gradient": sequences,
-        "adapter": training.rounds,
+        "adapter": sequences,
     }
 
 
