@@ -85,8 +85,8 @@ class Agent:
                 reason = error
             if not self._backoff.pause():
                 raise ServerUnreachable(
-                    f"No server answered at {self._config.agent.server} in {self._backoff.tries + 1} tries over "
-                    f"{self._config.agent.retry_for_s:.0f} s; start it, or check [agent] server, [tls] on both sides "
+                    f"No server answered at {self._config.agent.server} (tries: {self._backoff.tries + 1}, over "
+                    f"{self._config.agent.retry_for_s:.0f} s); start it, or check [agent] server, [tls] on both sides "
                     f"(last reason: {reason})."
                 ) from reason
 

@@ -1,5 +1,7 @@
 """What the server hears of an agent that stops: that it does, never why."""
 
+import socket
+from contextlib import closing
 from typing import cast
 
 import pytest
@@ -83,3 +85,14 @@ def test_a_connection_that_cannot_be_opened_hides_nothing() -> None:
         raise ConfigError("The certificate file is gone.")
 
     leave(connect, "run", BudgetExhausted("spent"))
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitfed.agent.server_calls._LEAVE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            closing(ServerCalls(address, None, None, client="a", agent_id=bytes(16))) as calls,
+            pytest.raises(ServerUnreachable),
+        ):
+            calls.leave("run", for_good=False)

@@ -431,6 +431,7 @@ async def test_a_round_goes_on_at_once_without_a_member_that_leaves(run: Run, ca
     session = await run.train("b", steps=1)
     await run.train("a")
     await run.submit("a", 1.0)
+    caplog.clear()
     with caplog.at_level("INFO", "splitfed"):
         await run.coordinator.leave("b")
         await run.coordinator.leave("b")
