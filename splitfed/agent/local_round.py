@@ -1,6 +1,6 @@
 """An agent's work inside a round: its local steps, and its own held-out loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from splitfed.agent.prepare import Prepared
@@ -9,6 +9,7 @@ from splitfed.training.data import Example
 from splitfed.training.evaluation import evaluate
 from splitfed.training.link import Link
 from splitfed.training.order import step_examples
+from splitfed.training.sampling import poisson_sample
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ def check_budget_of_round(ledger: Ledger, prepared: Prepared, *, client: str, ro
         BudgetExhausted: If the round would pass the budget.
     """
     training = prepared.run.training
+    is_secret = prepared.gate.sampling is not None
     charges = prepared.gate.planned_round(
         [
-            [example.record for example in _examples(prepared, client=client, round=round, step=step)]
+            []
+            if is_secret
+            else [example.record for example in _ordered(prepared, client=client, round=round, step=step)]
             for step in range(training.local_steps)
         ],
         prepared.held_out.sequence_records,
@@ -100,8 +104,8 @@ def evaluate_locally(link: Link, prepared: Prepared, *, round: int) -> float | N
     )
 
 
-def _examples(prepared: Prepared, *, client: str, round: int, step: int) -> list[Example]:
-    """Give the examples of a local step."""
+def _ordered(prepared: Prepared, *, client: str, round: int, step: int) -> list[Example]:
+    """Give the examples of a local step that come in their order."""
     training = prepared.run.training
     chosen = step_examples(
         len(prepared.train),
@@ -113,3 +117,14 @@ def _examples(prepared: Prepared, *, client: str, round: int, step: int) -> list
         local_steps=training.local_steps,
     )
     return [prepared.train[index] for index in chosen]
+
+
+def _examples(prepared: Prepared, *, client: str, round: int, step: int) -> Sequence[Example | None]:
+    """Give what a local step trains on: examples in their order, or a secret sample of them."""
+    sampling = prepared.gate.sampling
+    if sampling is None:
+        return _ordered(prepared, client=client, round=round, step=step)
+    drawn = poisson_sample(
+        len(prepared.train), sample_rate=sampling.sample_rate, capacity=prepared.run.training.batch_size
+    )
+    return [None if index is None else prepared.train[index] for index in drawn]

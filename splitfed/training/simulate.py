@@ -16,6 +16,7 @@ from splitfed.training.link import InProcessLink, LinkCodecs, link_codecs
 from splitfed.training.objective import Objective
 from splitfed.training.order import step_examples
 from splitfed.training.releases import OpenReleases, Releases
+from splitfed.training.sampling import poisson_sample
 from splitfed.training.setup import lora_settings
 from splitfed.training.trunk_step import TrunkTrainer
 
@@ -151,16 +152,22 @@ def _train(
     link = InProcessLink(trunk, client, codecs)
     losses = []
     for step in range(training.local_steps):
-        chosen = step_examples(
-            len(examples),
-            seed=seed,
-            client=client,
-            round=round,
-            step=step,
-            batch_size=training.batch_size,
-            local_steps=training.local_steps,
-        )
-        losses.append(trainer.step(link, [examples[index] for index in chosen], round=round, step=step).loss)
+        sampling = trainer.releases.sampling
+        chosen: Sequence[int | None]
+        if sampling is not None:
+            chosen = poisson_sample(len(examples), sample_rate=sampling.sample_rate, capacity=training.batch_size)
+        else:
+            chosen = step_examples(
+                len(examples),
+                seed=seed,
+                client=client,
+                round=round,
+                step=step,
+                batch_size=training.batch_size,
+                local_steps=training.local_steps,
+            )
+        batch = [None if index is None else examples[index] for index in chosen]
+        losses.append(trainer.step(link, batch, round=round, step=step).loss)
     return losses
 
 
