@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from splitfed.config import TrainingSection
 from splitfed.errors import NonFiniteLoss
 from splitfed.models import Segment, adapter_parameters, adapter_state, load_adapter_state
-from splitfed.privacy.per_example import PerExampleMechanism
+from splitfed.privacy import PerExampleMechanism
 from splitfed.training.data import Batch, Example, collate
 from splitfed.training.link import Link, Place
 from splitfed.training.objective import IGNORED_LABEL

@@ -10,16 +10,20 @@ Shapes: B sequences, T tokens, D hidden.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from splitfed.errors import PrivacyError
 from splitfed.models import Segment, adapter_parameters
-from splitfed.privacy.per_example import PerExampleMechanism
+from splitfed.privacy import PerExampleMechanism
 
 _Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
+
+_FLATTENING: Final = frozenset({"opt"})
+"""Families with layers that take [B·T, I], one sequence after another. Not just any such rows: an expert's are of
+whatever tokens were sent to it, and may happen to be B·T."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class PerExampleLayers:
         self.shapes = {name: parameter.shape for parameter, name in names.items()}
         self._layers: list[tuple[nn.Module, str, _Sampler]] = []
         self._names = names
+        self._flattens = segment.config.model_type in _FLATTENING
         for path, layer in segment.model.named_modules():
             trained = [parameter for parameter in layer.parameters(recurse=False) if parameter.requires_grad]
             if not trained:
@@ -92,7 +97,7 @@ class PerExampleLayers:
         """
         recorded = RecordedPass()
         hooks = [
-            layer.register_forward_hook(_recorder(recorded, path, sampler, self._names, input_ids_BT.shape))
+            layer.register_forward_hook(self._recorder(recorded, path, sampler, input_ids_BT.shape))
             for layer, path, sampler in self._layers
         ]
         try:
@@ -100,6 +105,40 @@ class PerExampleLayers:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _recorder(
+        self, recorded: RecordedPass, path: str, sampler: _Sampler, shape_BT: torch.Size
+    ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        """Make a forward hook that ties a layer's input to its output's gradient.
+
+        What autograd keeps refers to the gradients alone, not to the pass: the pass holds on to the graph.
+        """
+        gradients, starts, names = recorded.gradients, recorded._starts, self._names
+        B, T = shape_BT
+
+        def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            taken = inputs[0].detach()
+            is_flat = self._flattens and taken.shape[:-1] == (B * T,)
+            if is_flat:
+                taken = taken.unflatten(0, (B, T))
+            if taken.shape[0] != B or T not in taken.shape[1:-1]:
+                raise PrivacyError(
+                    f"Layer {path!r} takes an input of shape {list(taken.shape)}, not one row for each token of each "
+                    f"sequence, {list(shape_BT)}: the gradient of one example cannot be told there; leave it out of "
+                    "the LoRA targets, or protect the adapter update as a whole."
+                )
+
+            def sample(output_gradient: Tensor) -> None:
+                of_rows = output_gradient.unflatten(0, (B, T)) if is_flat else output_gradient
+                for parameter, per_example in sampler(layer, [taken], of_rows).items():
+                    name = names[parameter]
+                    gradients[name] = gradients[name] + per_example if name in gradients else per_example
+
+            output.register_hook(sample)
+            if not inputs[0].requires_grad:  # nothing before it is trained: the way back ends here
+                starts.append(output)
+
+        return record
 
 
 class GradientSum:
@@ -141,33 +180,3 @@ def _sampler_of(layer: nn.Module, path: str) -> _Sampler:
             "adapt linear layers only, or protect the adapter update as a whole."
         )
     return sampler
-
-
-def _recorder(
-    recorded: RecordedPass, path: str, sampler: _Sampler, names: Mapping[nn.Parameter, str], shape_BT: torch.Size
-) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    """Make a forward hook that ties a layer's input to its output's gradient.
-
-    What autograd keeps refers to the gradients alone, not to the pass: the pass holds on to the graph.
-    """
-    gradients, starts = recorded.gradients, recorded._starts
-
-    def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        taken = inputs[0].detach()
-        if taken.shape[:2] != shape_BT:
-            raise PrivacyError(
-                f"Layer {path!r} takes an input of shape {list(taken.shape)}, not one row for each token of each "
-                f"sequence, {list(shape_BT)}: the gradient of one example cannot be told there; leave it out of the "
-                "LoRA targets, or protect the adapter update as a whole."
-            )
-
-        def sample(output_gradient: Tensor) -> None:
-            for parameter, per_example in sampler(layer, [taken], output_gradient).items():
-                name = names[parameter]
-                gradients[name] = gradients[name] + per_example if name in gradients else per_example
-
-        output.register_hook(sample)
-        if not inputs[0].requires_grad:  # nothing before it is trained: the way back ends here
-            starts.append(output)
-
-    return record

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from splitfed.errors import PrivacyError
-from splitfed.privacy import NoiseStream
-from splitfed.privacy.per_example import PerExampleMechanism
+from splitfed.privacy import NoiseStream, PerExampleMechanism
 
 KEY = bytes(range(32))
 SLACK = 1 - 2.0**-22

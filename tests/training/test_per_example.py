@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import splitfed.training.per_example
 from splitfed.errors import PrivacyError
 from splitfed.models import LoraSettings, Partition, adapter_parameters, add_adapter, partition
-from splitfed.privacy import NoiseStream
-from splitfed.privacy.per_example import PerExampleMechanism
+from splitfed.privacy import NoiseStream, PerExampleMechanism
 from splitfed.training.client_step import causal_lm_loss
 from splitfed.training.data import Example, collate
 from splitfed.training.link import Place
@@ -27,6 +26,7 @@ from tests.equivalence.tiny_models import tiny_model
 from tests.training.split_client import (
     PAD,
     TRAINING,
+    D,
     RecordingLink,
     ScriptedNoise,
     SplitClient,
@@ -144,6 +144,27 @@ def test_with_three_micro_batches_in_flight_each_example_has_the_gradient_that_i
     for name in expected[0]:
         found = torch.cat([micro_batch[name] for micro_batch in mechanism.clipped])
         assert_equal_to_rounding(found, torch.stack([gradient[name] for gradient in expected]), name)
+
+
+@pytest.mark.parametrize("family", ["bloom", "deepseek_v3", "falcon", "gemma3_text", "mixtral", "opt", "qwen3_next"])
+def test_whatever_a_familys_layers_look_like_each_example_has_the_gradient_that_it_has_alone(family: str) -> None:
+    """The inputs of deepseek's attention have an axis more than others, those of opt's feed-forward layers one less."""
+    parts = tiny_parts(family, bottom_blocks=2, top_blocks=1)
+    batch, generator = collate(TEXTS[:3], pad_token_id=PAD), torch.Generator().manual_seed(0)
+    hidden_BTD = torch.randn(3, T, D, generator=generator, requires_grad=True)
+    for segment, inputs, run in (
+        (parts.bottom, batch.input_ids_BT, parts.bottom),
+        (parts.top, hidden_BTD, lambda hidden_BTD: parts.top(hidden_BTD).logits),
+    ):
+        own = adapter_parameters(segment)
+        with PerExampleLayers(segment).recording(batch.input_ids_BT) as recorded:
+            output = run(inputs)
+        direction = torch.randn(output.shape, generator=generator)
+        recorded.backward(output, direction, wrt=hidden_BTD if segment.kind == "top" else None)
+        assert recorded.gradients.keys() == own.keys()
+        alone_ = [torch.autograd.grad(run(inputs[i : i + 1]), [*own.values()], direction[i : i + 1]) for i in range(3)]
+        for name, *each in zip(own, *alone_, strict=True):
+            assert_equal_to_rounding(recorded.gradients[name], torch.stack(each), name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -371,7 +392,7 @@ def test_a_base_layer_that_is_trained_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 4)])
 def test_a_layer_whose_input_has_no_row_for_each_token_of_each_sequence_is_refused_by_name(rows: slice) -> None:
-    """As the experts of a mixture have, which take tokens of several sequences in one row after another."""
+    """As those of experts, which take tokens of whatever sequence."""
     bottom = parts_of("llama", 1, 1).bottom
     input_ids_BT = collate(TEXTS[:3], pad_token_id=PAD).input_ids_BT
     claimed_BT = input_ids_BT.repeat(2, 1)[rows]
