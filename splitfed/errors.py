@@ -65,6 +65,8 @@ class PrivacyError(SplitFedError):
 class BudgetExhausted(PrivacyError):
     """The next release would pass the agent's epsilon budget, so it was not made."""
 
+    exit_code = 3
+
 
 class LedgerError(PrivacyError):
     """A ledger that cannot be read or written; nothing is released without one."""
@@ -72,6 +74,8 @@ class LedgerError(PrivacyError):
 
 class NonFiniteLoss(SplitFedError):
     """The loss became NaN or infinite; its output gradient was not sent."""
+
+    exit_code = 3
 
 
 class RunDirectoryError(SplitFedError):

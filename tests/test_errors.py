@@ -18,8 +18,11 @@ def test_every_error_is_in_the_tree_that_the_module_draws(error: type[Exception]
 
 
 @pytest.mark.parametrize("error", EVERY_ERROR)
-def test_only_a_wrong_configuration_ends_a_command_with_status_2(error: type[SplitFedError]) -> None:
-    assert error.exit_code == (2 if issubclass(error, ConfigError) else 1)
+def test_the_exit_status_tells_a_wrong_configuration_and_a_stop_for_good_from_all_else(
+    error: type[SplitFedError],
+) -> None:
+    for_good = (errors.BudgetExhausted, errors.NonFiniteLoss)
+    assert error.exit_code == (2 if issubclass(error, ConfigError) else 3 if issubclass(error, for_good) else 1)
 
 
 def test_a_wrong_split_point_is_also_a_wrong_argument() -> None:

@@ -98,7 +98,7 @@ def test_container_and_unit_call_the_command_as_it_is(
 @pytest.mark.parametrize("daemon", DAEMONS)
 def test_the_unit_does_not_restart_on_a_wrong_configuration_or_run_as_root(root: Path, daemon: str) -> None:
     service = unit(root, daemon)["Service"]
-    assert service["RestartPreventExitStatus"] == "2"
+    assert service["RestartPreventExitStatus"] == "2 3"
     assert service["Restart"] == "on-failure"
     assert service["User"] not in ("root", "0")
     assert service["NoNewPrivileges"] == "yes"
@@ -106,7 +106,7 @@ def test_the_unit_does_not_restart_on_a_wrong_configuration_or_run_as_root(root:
 
 @pytest.mark.parametrize("daemon", DAEMONS)
 def test_the_example_writes_only_where_the_unit_lets_it(root: Path, daemon: str) -> None:
-    state = Path("/var/lib") / unit(root, daemon)["Service"]["StateDirectory"]
+    state = Path("/var/lib") / unit(root, daemon)["Service"]["StateDirectory"].split()[0]
     config = LOADERS[daemon](root / "services" / daemon / f"{daemon}.toml")
     written = config.run.directory if isinstance(config, ServerConfig) else config.agent.state_directory  # type: ignore[attr-defined]
     assert written.is_relative_to(state)

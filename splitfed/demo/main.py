@@ -208,7 +208,7 @@ def _row(directory: Path, line: Mapping[str, Any], agents: list[str], held_out_l
     own = [record for name in agents for record in _lines(directory / name / "metrics.jsonl")]
     own = [record for record in own if record["round"] == line["round"]]
     tokens = sum(record["tokens"] for record in own)
-    epsilons = [epsilon for record in own for epsilon in record["epsilon"].values()]
+    epsilons = [record["epsilon_total"] for record in own]
     weights = [line["agents"][name]["weight"] for name in line["agents"]]
     return _Row(
         round=line["round"],
@@ -222,7 +222,7 @@ def _row(directory: Path, line: Mapping[str, Any], agents: list[str], held_out_l
 
 
 def _print_table(console: Console, rows: list[_Row]) -> None:
-    table = Table(title="largest epsilon of any agent and channel, for one sequence, replace-one")
+    table = Table(title="largest epsilon of any agent, over all channels, for one sequence, replace-one")
     for column in (
         "round",
         "training loss",

@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _GRACE_S = 10.0
 _LAST_WORD_S = 30.0
+_LEFT_FOR_GOOD = 3
 
 
 class Daemon:
@@ -139,7 +140,7 @@ class Daemon:
                 rounds.committed,
                 rounds.rounds,
             )
-            return 1
+            return _LEFT_FOR_GOOD
         _log.info("stopped after round %d of %d; --resume goes on from there", rounds.committed, rounds.rounds)
         return 0
 

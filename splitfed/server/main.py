@@ -29,7 +29,7 @@ def run_server(config: ServerConfig, *, resume: bool = False, overwrite: bool = 
         insecure: Allow plain text beyond this machine.
 
     Returns:
-        The exit status: 0 when the run is over or was drained, 1 if every agent left it for good before.
+        The exit status: 0 when the run is over or was drained, 3 if every agent left it for good before.
 
     Raises:
         SplitFedError: What keeps the daemon from serving.

@@ -216,8 +216,8 @@ def test_daemons_of_a_run_whose_budget_ends_say_so_last(daemons: Daemons) -> Non
     )
     policy = budget(5).model_dump(include={"noise_multiplier", "delta", "epsilon_budget"})
     daemons.start_agent("a", address, {"data": {"path": file.name}, "privacy": policy})
-    assert daemons.wait("a") == 1
-    assert daemons.wait("server") == 1
+    assert daemons.wait("a") == 3
+    assert daemons.wait("server") == 3
     last = daemons.log("a").splitlines()[-1]
     assert last.startswith("splitfed: ")
     assert "epsilon budget" in last
