@@ -79,31 +79,33 @@ def refuse_weak_noise(policy: AgentPrivacySection, privacy: PrivacySection, run_
 
 def _refuse_open_channels(policy: AgentPrivacySection, privacy: PrivacySection, run: RunConfig) -> None:
     trains = run.model.bottom_blocks + run.model.top_blocks > 0
-    is_open: dict[ChannelName, bool] = {
-        "smashed": not privacy.is_on,
-        "output_gradient": not privacy.is_on,
-        "adapter": trains and (not privacy.is_on or privacy.adapter == "none"),
-    }
-    said_open: dict[ChannelName, bool] = {
-        "smashed": not policy.is_on,
-        "output_gradient": not policy.is_on,
-        "adapter": not policy.is_on or policy.adapter == "none",
-    }
-    for channel, word in _WORDS.items():
-        if policy.protected_channels is not None:
-            is_wanted = channel in policy.protected_channels
-        else:
-            is_wanted = not said_open[channel]
-        if is_open[channel] and is_wanted:
+    asked, said = _open_channels(privacy), _open_channels(policy)
+    for channel, how in asked.items():
+        if channel == "adapter" and not trains:
+            continue
+        word = _WORDS[channel]
+        if channel in policy.protected_channels if policy.protected_channels is not None else channel not in said:
             raise JoinRefused(
-                f"The run {run.run.name!r} sends {word} without noise, which this device's owner does not allow "
-                "(protected_channels); ask for noise in the run, or set it in this agent's [privacy]."
+                f"The run {run.run.name!r} sends {word} {how}, which this device's owner does not allow "
+                "(protected_channels); ask for another protection in the run, or set it in this agent's [privacy]."
             )
-        if is_open[channel] and policy.epsilon_budget is not None:
+        if policy.epsilon_budget is not None:
             raise ConfigError(
-                f"[privacy] epsilon_budget = {policy.epsilon_budget:g} cannot be kept: {word} would leave without "
-                "noise; protect that channel, or leave epsilon_budget out"
+                f"[privacy] epsilon_budget = {policy.epsilon_budget:g} cannot be kept: {word} would leave {how}; "
+                "protect that channel, or leave epsilon_budget out"
             )
+
+
+def _open_channels(privacy: PrivacySection) -> dict[ChannelName, str]:
+    """Say which channels have no epsilon, and how they leave."""
+    if not privacy.is_on:
+        return dict.fromkeys(_WORDS, "without noise")
+    found: dict[ChannelName, str] = {}
+    if privacy.smashed == "metric":
+        found["smashed"] = "under metric privacy, which has no epsilon"
+    if privacy.adapter == "none":
+        found["adapter"] = "without noise"
+    return found
 
 
 def _reason(error: ValueError) -> str:

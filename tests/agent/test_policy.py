@@ -26,6 +26,16 @@ def test_an_owner_who_says_nothing_wants_noise_on_every_channel() -> None:
         agree(AgentPrivacySection(), run(adapter="none"))
 
 
+def test_metric_privacy_is_for_an_owner_who_says_so() -> None:
+    asked = run(bottom_blocks=0, smashed="metric", eta=2.0)
+    with pytest.raises(JoinRefused, match="sends smashed data under metric privacy, which has no epsilon"):
+        agree(AgentPrivacySection(), asked)
+    agree(AgentPrivacySection(protected_channels=["output_gradient", "adapter"]), asked)
+    agree(AgentPrivacySection(smashed="metric", eta=1.0), asked)
+    with pytest.raises(ConfigError, match="epsilon_budget = 3 cannot be kept: smashed data would leave under metric"):
+        agree(AgentPrivacySection(smashed="metric", eta=1.0, epsilon_budget=3.0), asked)
+
+
 def test_what_is_not_trained_on_the_device_needs_no_protection() -> None:
     agree(AgentPrivacySection(), run(bottom_blocks=0, top_blocks=0, adapter="none"))
 
