@@ -175,6 +175,7 @@ class ClientTrainer:
 
         Raises:
             NonFiniteLoss: If a loss is NaN or infinite; the output gradient has not been sent then.
+            PrivacyError: If what is to be clipped holds a NaN or an infinity; it has not been sent, nor applied here.
             LinkError: If the round is lost.
             BudgetExhausted: If a release would cross the agent's budget.
         """
@@ -297,13 +298,13 @@ class ClientTrainer:
         back = under_way.returning.popleft()
         bottom_BTD, bottom_pass = back.sent.bottom_BTD, back.sent.bottom_pass
         gradient_BTD = back.smashed_gradient.result()
-        if gradient_BTD is None or not bottom_BTD.requires_grad:
-            return
         if under_way.gradients is None or bottom_pass is None or back.top_pass is None:
-            bottom_BTD.backward(gradient_BTD)
-            return
-        bottom_pass.backward(bottom_BTD, gradient_BTD * self._training.batch_size)
-        under_way.gradients.add(bottom_pass, back.top_pass, is_real_B=back.sent.batch.is_real_B)
+            if gradient_BTD is not None and bottom_BTD.requires_grad:
+                bottom_BTD.backward(gradient_BTD)
+        elif self._bottom_trains:
+            if gradient_BTD is not None:
+                bottom_pass.backward(bottom_BTD, gradient_BTD * self._training.batch_size)
+            under_way.gradients.add(bottom_pass, back.top_pass, is_real_B=back.sent.batch.is_real_B)
 
     def _stream(self, segment: str, round: int, place: Place) -> int:
         return derive_seed(self._seed, segment, round, self._client, place.step, place.micro_batch)

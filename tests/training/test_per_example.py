@@ -209,6 +209,25 @@ def test_a_layer_that_is_used_twice_has_the_gradient_of_both_uses() -> None:
         torch.testing.assert_close(recorded[1][name], 2 * once)
 
 
+def test_a_server_that_returns_no_gradient_takes_none_from_the_top() -> None:
+    class Mean(RecordingLink):
+        def backward(self, place: Place, output_gradient_BTD: Tensor) -> Future[Tensor | None]:
+            super().backward(place, output_gradient_BTD)
+            nothing: Future[Tensor | None] = Future()
+            nothing.set_result(None)
+            return nothing
+
+    parts = parts_of("llama", 1, 1)
+    expected = [alone(parts, text) for text in TEXTS]
+    client = client_of(PerExampleMechanism(1e4, 1.0, ScriptedNoise(0)), parts)
+    client.link = Mean(client.link)
+    found = gradients_of(client)
+    for name in adapter_parameters(parts.bottom):
+        assert found[name].count_nonzero() == 0
+    for name in adapter_parameters(parts.top):
+        assert_equal_to_rounding(found[name] * len(TEXTS), sum(each[name] for each in expected), name)
+
+
 # Clip, sum, noise
 
 
