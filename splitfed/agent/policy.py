@@ -79,12 +79,15 @@ def refuse_weak_noise(policy: AgentPrivacySection, privacy: PrivacySection, run_
 
 def _refuse_open_channels(policy: AgentPrivacySection, privacy: PrivacySection, run: RunConfig) -> None:
     trains = run.model.bottom_blocks + run.model.top_blocks > 0
-    asked, said = _open_channels(privacy), _open_channels(policy)
-    for channel, how in asked.items():
+    wanted = policy.protected_channels
+    if wanted is None:
+        said = _open_channels(policy)
+        wanted = [channel for channel in _WORDS if channel not in said]
+    for channel, how in _open_channels(privacy).items():
         if channel == "adapter" and not trains:
             continue
         word = _WORDS[channel]
-        if channel in policy.protected_channels if policy.protected_channels is not None else channel not in said:
+        if channel in wanted:
             raise JoinRefused(
                 f"The run {run.run.name!r} sends {word} {how}, which this device's owner does not allow "
                 "(protected_channels); ask for another protection in the run, or set it in this agent's [privacy]."
