@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitfed.errors import PrivacyError
-from splitfed.privacy import RELATION, UNIT, GaussianSequenceMechanism, NoiseStream, NoMechanism, clip
+from splitfed.privacy import (
+    RELATION,
+    UNIT,
+    GaussianSequenceMechanism,
+    GaussianTokenMechanism,
+    NoiseStream,
+    NoMechanism,
+    clip,
+)
 
 KEY = bytes(range(32))
 PERS = ["token", "sequence"]
@@ -165,3 +173,56 @@ def test_no_mechanism_gives_the_input_back_and_claims_nothing():
     x = torch.ones(1, 2, 3)
     assert NoMechanism().release(x) is x
     assert NoMechanism().noise_multiplier == 0
+
+
+# Tokens as the unit
+
+
+def per_token(clipping_norm=1.0, noise_multiplier=1.0, rows=1):
+    return GaussianTokenMechanism(clipping_norm, noise_multiplier, rows=rows, stream=NoiseStream(KEY))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@given(seed=st.integers(0, 2**32), scale=st.sampled_from([1e-3, 1.0, 1e6]), first_row=st.integers(0, 7))
+@settings(max_examples=50, deadline=None)
+def test_sequences_that_differ_in_one_token_s_rows_are_within_its_sensitivity(rows, seed, scale, first_row):
+    x = normal(1, 9, 16, seed=seed) * scale
+    other = x.clone()
+    other[:, first_row : first_row + rows] = normal(1, rows, 16, seed=seed + 1) * scale
+    distance = (clip(x, 0.7, per="token").double() - clip(other, 0.7, per="token").double()).norm()
+    assert distance <= per_token(0.7, rows=rows).sensitivity(9)
+
+
+def test_a_token_s_sensitivity_is_that_of_its_rows_whatever_the_length():
+    for tokens in (2, 128):
+        assert per_token(3.0).sensitivity(tokens) == 6.0
+        assert per_token(3.0, rows=2).sensitivity(tokens) == pytest.approx(6 * math.sqrt(2), rel=1e-15)
+    assert per_token(3.0, rows=2).sensitivity(1) == 6.0
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_noise_of_a_token_fits_its_sensitivity(rows):
+    noise = per_token(0.5, 2.0, rows).release(torch.zeros(100, 16, 64)).double()
+    expected = 2.0 * 2 * 0.5 * math.sqrt(rows)
+    assert noise.std().item() / expected == pytest.approx(1, abs=5 / math.sqrt(2 * noise.numel()))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 128), (2, 128), (1, 1), (2, 1)])
+def test_a_sequence_s_guarantee_follows_from_its_tokens_for_the_noise_that_is_there(rows, tokens):
+    """The same noise, read as a mechanism for sequences: std ÷ (2·C·√T) is its noise multiplier."""
+    tested = per_token(0.5, 2.0, rows)
+    of_sequence = tested.noise_std(tokens) / GaussianSequenceMechanism(0.5, 1.0).sensitivity(tokens)
+    assert tested.units(tokens) / tested.noise_multiplier**2 == pytest.approx(1 / of_sequence**2, rel=1e-12)
+    assert tested.unit == "token"
+
+
+@pytest.mark.parametrize("rows", [0, 3, 1.5])
+def test_a_token_touches_one_row_or_two(rows):
+    with pytest.raises(ValueError, match="1 row of smashed data or 2 of the output gradient"):
+        per_token(rows=rows)
+
+
+@pytest.mark.parametrize("z", [0.002, 0.5, 3.0])
+@pytest.mark.parametrize("order", [1.5, 2.0, 32.0])
+def test_the_rdp_curve_is_that_of_the_gaussian_mechanism(z, order):
+    assert mechanism(2.0, z).rdp(order) == per_token(2.0, z).rdp(order) == pytest.approx(order / (2 * z * z), rel=1e-15)
