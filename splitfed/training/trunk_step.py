@@ -10,6 +10,7 @@ from torch.func import functional_call
 from splitfed.config import TrainingSection
 from splitfed.errors import ProtocolError
 from splitfed.models import Segment, adapter_parameters
+from splitfed.privacy.denoise import Denoiser
 from splitfed.training.optimiser import StepOptimiser
 from splitfed.training.seeds import derive_seed
 
@@ -31,6 +32,7 @@ class _Slot:
     round: int
     parameters: dict[str, nn.Parameter]
     optimiser: StepOptimiser
+    denoiser: Denoiser | None
     version: int = 0
     steps: int = 0
     pending: dict[tuple[int, int], _Pending] = field(default_factory=dict)
@@ -45,10 +47,15 @@ class TrunkTrainer:
         trunk: The trunk, with its adapter.
         training: Optimiser settings, local steps and the bound on micro-batches in flight.
         seed: The run's seed, for dropout.
+        denoiser: Takes smashed data nearer to what it was before its noise, on its way into the trunk, in training and
+            evaluation alike; none: the trunk takes it as it comes. Smashed gradients are those of what came.
     """
 
-    def __init__(self, trunk: Segment, training: TrainingSection, *, seed: int) -> None:
+    def __init__(
+        self, trunk: Segment, training: TrainingSection, *, seed: int, denoiser: Denoiser | None = None
+    ) -> None:
         self._trunk = trunk
+        self._denoiser = denoiser
         self._training = training
         self._seed = seed
         named = adapter_parameters(trunk)
@@ -75,6 +82,7 @@ class TrunkTrainer:
         optimiser: Mapping[str, Tensor],
         *,
         client: str | None = None,
+        denoiser: Denoiser | None = None,
     ) -> None:
         """Fill a slot with a client at the start of a round, whatever was in it before.
 
@@ -84,11 +92,13 @@ class TrunkTrainer:
             adapter: Trunk adapter that the round starts from, by whole-model name.
             optimiser: The client's optimiser state after its last round; empty for none.
             client: Name of the client, for its random streams; none: the slot's.
+            denoiser: One for the noise that this client adds; none: the trainer's.
         """
         parameters = {
             name: nn.Parameter(adapter[name].detach().clone().to(self._parameter.device)) for name in self._local_names
         }
-        filled = _Slot(client or slot, round, parameters, StepOptimiser(parameters, self._training))
+        optimiser_of_slot = StepOptimiser(parameters, self._training)
+        filled = _Slot(client or slot, round, parameters, optimiser_of_slot, denoiser or self._denoiser)
         filled.optimiser.load(optimiser)
         self._slots[slot] = filled
 
@@ -135,10 +145,11 @@ class TrunkTrainer:
         self._trunk.train(trains)
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(trains):
             torch.manual_seed(derive_seed(self._seed, "trunk", state.round, state.client, step, micro_batch))
+            entering_BTD = smashed_BTD if state.denoiser is None else state.denoiser(smashed_BTD)
             output_BTD: Tensor = functional_call(
                 self._trunk,
                 {self._local_names[name]: parameter for name, parameter in state.parameters.items()},
-                (smashed_BTD,),
+                (entering_BTD,),
                 {"attention_mask": attention_mask_BT, "position_ids": position_ids_BT},
             )
         if trains:

@@ -338,3 +338,59 @@ def test_a_micro_batch_that_is_sent_twice_is_refused() -> None:
     trainer.forward("a", 0, 0, hidden("a"))
     with pytest.raises(ProtocolError, match="micro-batch 0 of step 0 twice"):
         trainer.forward("a", 0, 0, hidden("a"))
+
+
+# The entrance
+
+
+def half(y_BTD: Tensor) -> Tensor:
+    """A denoiser of its own kind: nothing about it is linear, and a row depends on itself alone."""
+    return torch.tanh(y_BTD) / 2
+
+
+def test_a_denoiser_stands_at_the_entrance_in_training_and_in_evaluation() -> None:
+    trunk = tiny_trunk()
+    trainer = TrunkTrainer(trunk, TRAINING, seed=3, denoiser=half)
+    trainer.open_round("a", 1, adapter_state(trunk), {})
+    wanted_BTD = trunk.eval()(half(hidden("noisy")))
+    for trains in (True, False):
+        output_BTD = trainer.forward("a", 0, 0, hidden("noisy"), trains=trains)
+        assert_equal_to_rounding(output_BTD, wanted_BTD, "trunk output")
+    assert not torch.allclose(output_BTD, trunk(hidden("noisy")))
+
+
+def test_the_smashed_gradient_is_that_of_what_came_through_the_denoiser() -> None:
+    trunk = tiny_trunk()
+    trainer = TrunkTrainer(trunk, TRAINING, seed=3, denoiser=half)
+    trainer.open_round("a", 1, adapter_state(trunk), {})
+    trainer.forward("a", 0, 0, hidden("noisy"), wants_smashed_gradient=True)
+    found_BTD = trainer.backward("a", 0, 0, hidden("gradient"))
+    smashed_BTD = hidden("noisy").requires_grad_()
+    trunk.train()(half(smashed_BTD)).backward(hidden("gradient"))
+    assert found_BTD is not None
+    assert smashed_BTD.grad is not None
+    assert_equal_to_rounding(found_BTD, smashed_BTD.grad, "smashed gradient")
+    trainer.step("a", 0)
+    _, optimiser = trainer.result("a")
+    for name, parameter in adapter_parameters(trunk).items():
+        assert parameter.grad is not None
+        assert_equal_to_rounding(optimiser[f"{name}/exp_avg"], parameter.grad * (1 - 0.9), name)
+
+
+def test_a_clients_own_denoiser_goes_before_the_trainers() -> None:
+    trunk = tiny_trunk()
+    trainer = TrunkTrainer(trunk, TRAINING, seed=3, denoiser=half)
+    trainer.open_round("own", 1, adapter_state(trunk), {}, denoiser=torch.sin)
+    trainer.open_round("none", 1, adapter_state(trunk), {})
+    trunk.eval()
+    for slot, denoiser in (("own", torch.sin), ("none", half)):
+        output_BTD = trainer.forward(slot, 0, 0, hidden("noisy"), trains=False)
+        assert_equal_to_rounding(output_BTD, trunk(denoiser(hidden("noisy"))), slot)
+
+
+def test_without_a_denoiser_not_a_bit_changes() -> None:
+    trunk = tiny_trunk(dropout=0.3)
+    plain, identity = trainer_of(trunk, "a"), TrunkTrainer(trunk, TRAINING, seed=3, denoiser=lambda y_BTD: y_BTD)
+    identity.open_round("a", 1, adapter_state(trunk), {})
+    assert torch.equal(run_round(plain, "a"), run_round(identity, "a"))
+    assert_same_bits(plain.result("a")[0], identity.result("a")[0])
