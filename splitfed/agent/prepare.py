@@ -88,6 +88,8 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
         held_out.sequence_records,
         bottom_trains=bool(adapter_parameters(bottom)),
         top_trains=bool(adapter_parameters(top)),
+        client=config.agent.name,
+        seed=run.run.seed,
     )
     privacy = settle_noise(settle_clip(privacy, bottom), workload)
     refuse_weak_noise(config.privacy, privacy, run.run.name)

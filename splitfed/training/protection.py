@@ -24,6 +24,7 @@ from splitfed.privacy import (
     poisson_overflow,
     sampled_noise_multiplier_for,
 )
+from splitfed.training.order import step_examples
 from splitfed.training.releases import LedgeredReleases
 
 _SEQUENCES, _TOKENS = 8, 32
@@ -36,10 +37,12 @@ class Workload:
 
     Attributes:
         training: Rounds, steps, batch size and length.
-        train: The record of each example to train on.
+        train: The record of each example to train on, at least one.
         held_out: The record of each held-out example; all are evaluated once a round.
         bottom_trains: The bottom has an adapter.
         top_trains: The top has an adapter.
+        client: Name of the client, for its order of examples.
+        seed: The run's seed, for the same.
     """
 
     training: TrainingSection
@@ -47,6 +50,8 @@ class Workload:
     held_out: Sequence[str] = ()
     bottom_trains: bool = True
     top_trains: bool = True
+    client: str = ""
+    seed: int = 0
 
     @property
     def steps(self) -> int:
@@ -54,10 +59,28 @@ class Workload:
         return self.training.rounds * self.training.local_steps
 
     @property
-    def uses(self) -> int:
-        """Most sequences of one record that all steps together train on."""
-        times = math.ceil(self.steps * self.training.batch_size / max(len(self.train), 1))
-        return times * max(Counter(self.train).values(), default=0)
+    def most_sequences(self) -> int:
+        """Most sequences of one record."""
+        return max(Counter(self.train).values(), default=0)
+
+    def uses(self) -> dict[str, tuple[int, int]]:
+        """Count what the whole run trains on of each record: its sequences, and Σ k² over steps with k of them."""
+        found: dict[str, tuple[int, int]] = {}
+        for round in range(1, self.training.rounds + 1):
+            for step in range(self.training.local_steps):
+                drawn = step_examples(
+                    len(self.train),
+                    seed=self.seed,
+                    client=self.client,
+                    round=round,
+                    step=step,
+                    batch_size=self.training.batch_size,
+                    local_steps=self.training.local_steps,
+                )
+                for record, k in Counter(self.train[index] for index in drawn).items():
+                    uses, squares = found.get(record, (0, 0))
+                    found[record] = uses + k, squares + k * k
+        return found
 
     @property
     def evaluations(self) -> int:
@@ -183,6 +206,11 @@ def _sampling(privacy: PrivacySection, workload: Workload | None) -> StepSamplin
     if privacy.sample_rate is None:
         return None
     assert workload is not None
+    if workload.most_sequences > 1:
+        raise ConfigError(
+            f"[privacy] sample_rate needs records of one sequence each, but one is cut into {workload.most_sequences}; "
+            "raise training.max_tokens, shorten the records, or leave sample_rate out"
+        )
     capacity, examples = workload.training.batch_size, len(workload.train)
     overflow = poisson_overflow(examples, privacy.sample_rate, capacity, 1)
     if overflow * workload.steps >= privacy.delta:
@@ -231,21 +259,29 @@ def _releases(privacy: PrivacySection, workload: Workload) -> tuple[float, float
     Returns:
         Those with the shared noise multiplier, counted; and Σ 1/z² of those with a noise multiplier of their own.
     """
-    T, uses = workload.training.max_tokens, workload.uses
-    everything = workload.steps * workload.training.batch_size
-    evaluated = workload.training.rounds * len(workload.held_out)
-    is_dp_sgd = privacy.adapter == "dp-sgd"
+    T, is_dp_sgd, own = workload.training.max_tokens, privacy.adapter == "dp-sgd", privacy.noise_multiplier_adapter
     smashed_units = T if privacy.smashed == "token" else 1
     gradient_units = max(T / 2, 1) if privacy.output_gradient == "token" else 1
-    smashed = float(everything + evaluated if workload.bottom_trains and not is_dp_sgd else uses)
-    gradients = float(everything if workload.top_trains and not is_dp_sgd else uses)
-    adapter = 0.0
-    if workload.bottom_trains or workload.top_trains:
-        adapter = float(uses if is_dp_sgd else workload.training.rounds)
-    own = privacy.noise_multiplier_adapter
-    shared = smashed * smashed_units + gradients * gradient_units + (adapter if own is None else 0.0)
-    fixed = 0.0 if own is None else adapter / own**2
-    return max(shared, workload.evaluations * smashed_units), fixed
+    everything = workload.steps * workload.training.batch_size
+    trains = workload.bottom_trains or workload.top_trains
+    common = fixed = 0.0
+    if workload.bottom_trains and not is_dp_sgd:
+        common += smashed_units * (everything + workload.training.rounds * len(workload.held_out))
+    if workload.top_trains and not is_dp_sgd:
+        common += gradient_units * everything
+    if trains and not is_dp_sgd:
+        if own is None:
+            common += workload.training.rounds
+        else:
+            fixed = float(workload.training.rounds)
+    own_units = smashed_units * (is_dp_sgd or not workload.bottom_trains)
+    most, most_fixed = float(workload.evaluations * own_units), 0.0
+    own_units += gradient_units * (is_dp_sgd or not workload.top_trains)
+    for uses, squares in workload.uses().values():
+        adapter = float(squares) if trains and is_dp_sgd else 0.0
+        most = max(most, uses * own_units + (adapter if own is None else 0.0))
+        most_fixed = max(most_fixed, 0.0 if own is None else adapter)
+    return common + most, 0.0 if own is None else (fixed + most_fixed) / own**2
 
 
 def _rounded_up(value: float) -> float:

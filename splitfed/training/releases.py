@@ -1,5 +1,6 @@
 """What may leave a device, and in which form: the one gate that smashed data, output gradients and adapters pass."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
@@ -286,13 +287,17 @@ class LedgeredReleases:
         )
 
     def _gradient_step(self, records: Sequence[str], round: int, step: int) -> Charge:
-        """Charge a step of DP-SGD."""
+        """Charge a step of DP-SGD.
+
+        Sequences of one record add up in the sum: k of them move it k times as far, which costs k² releases.
+        """
         assert self.per_example is not None
+        charged = tuple(record for record, k in Counter(records).items() for _ in range(k * k))
         return Charge(
             channel="adapter",
             noise_multiplier=self.per_example.noise_multiplier,
-            records=tuple(records),
-            sequences=len(records),
+            records=charged,
+            sequences=len(charged),
             run=self.run,
             round=round,
             step=step,

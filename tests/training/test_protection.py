@@ -16,6 +16,7 @@ from splitfed.privacy import (
     Ledger,
     MetricMechanism,
     NoMechanism,
+    epsilon,
     read_ledger,
 )
 from splitfed.training.link import Kind, Place
@@ -237,6 +238,7 @@ def test_a_calibrated_run_costs_what_was_asked_for_and_hardly_less(
         ["h0", "h1"],
         bottom_trains=bool(blocks),
         top_trains=bool(blocks),
+        client="a",
     )
     asked = PrivacySection(epsilon=8.0, clipping_norm_smashed=4.0, **changes)  # type: ignore[arg-type]
     settled = settle_noise(asked, workload)
@@ -287,3 +289,26 @@ def test_a_batch_that_a_secret_sample_outgrows_too_often_is_refused(ledger: Ledg
         open_gate(settled, ledger, "r", bottom=parts.bottom, top=parts.top, workload=workload)
     with pytest.raises(ConfigError, match="raise batch_size"):
         settle_noise(section.model_copy(update={"epsilon": 3.0}), workload)
+
+
+def test_a_record_of_several_sequences_is_not_sampled_in_secret() -> None:
+    """Drawn one by one they would take several places, and the argument is for one."""
+    section = PrivacySection(relation="zero-out", sample_rate=1e-4, epsilon=3.0)
+    with pytest.raises(ConfigError, match="one is cut into 3; raise"):
+        settle_noise(section, Workload(TRAINING, ["a", "b", "b", "b"]))
+
+
+def test_sequences_of_one_record_in_one_step_cost_the_square_of_their_number(ledger: Ledger) -> None:
+    """Their clipped gradients add up: three of them move the sum three times as far."""
+    gate = gate_of(PrivacySection(noise_multiplier=0.5, clipping_norm_smashed=4.0), ledger)
+    gate.adapter_gradient({"w": torch.zeros(3)}, records=["a", "b", "b", "b"], round=1, step=0)
+    assert ledger.spent("adapter", 1e-5) == epsilon([(0.5, 9)], 1e-5)
+
+
+def test_calibration_allows_for_sequences_of_one_record_in_one_step(ledger: Ledger) -> None:
+    parts, workload = tiny_parts(), Workload(TRAINING, [f"r{n // 3}" for n in range(30)], client="a")
+    settled = settle_noise(PrivacySection(epsilon=8.0, clipping_norm_smashed=4.0), workload)
+    spend(open_gate(settled, ledger, "r", bottom=parts.bottom, top=parts.top), workload, evaluates=False)
+    spent = ledger.spent(None)
+    assert spent is not None
+    assert 7.9 < spent <= 8.0
