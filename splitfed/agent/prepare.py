@@ -81,7 +81,7 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
     train, held_out = load_examples(
         config.data, tokenizer, max_tokens=run.training.max_tokens, record_hash=ledger.record_hash
     )
-    _log.info("%d examples to train on, %d held out", len(train), len(held_out))
+    _log.info("examples to train on: %d; held out: %d", len(train), len(held_out))
     workload = Workload(
         run.training,
         train.sequence_records,

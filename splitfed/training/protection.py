@@ -274,7 +274,7 @@ def _releases(privacy: PrivacySection, workload: Workload) -> tuple[float, float
             common += workload.training.rounds
         else:
             fixed = float(workload.training.rounds)
-    own_units = smashed_units * (is_dp_sgd or not workload.bottom_trains)
+    own_units: float = smashed_units * (is_dp_sgd or not workload.bottom_trains)
     most, most_fixed = float(workload.evaluations * own_units), 0.0
     own_units += gradient_units * (is_dp_sgd or not workload.top_trains)
     for uses, squares in workload.uses().values():
