@@ -102,17 +102,22 @@ def demo(
 def ledger(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="ledger.jsonl of an agent's state directory.")],
     delta: Annotated[float, typer.Option("--delta", help="The delta to state epsilon at.")] = 1e-5,
+    relation: Annotated[
+        str, typer.Option("--relation", help="Against what change: replace-one or zero-out.")
+    ] = "replace-one",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what an agent's releases have cost."""
     if not 0 < delta < 1:
         raise ConfigError(f"--delta is {delta}; give a number between 0 and 1")
+    if relation not in ("replace-one", "zero-out"):
+        raise ConfigError(f"--relation is {relation}; give replace-one or zero-out")
     from rich.console import Console
     from rich.table import Table
 
     from splitfed.privacy import report_ledger
 
-    report = report_ledger(file, delta=delta)
+    report = report_ledger(file, delta=delta, relation=relation)
     if as_json:
         typer.echo(report.model_dump_json())
         return

@@ -157,3 +157,19 @@ def test_a_delta_outside_its_range_is_refused(ledger_file: Path, capsys: pytest.
         cli.main(["ledger", str(ledger_file), "--delta", "1"])
     assert ended.value.code == 2
     assert "--delta is 1.0" in capsys.readouterr().err
+
+
+def test_a_ledger_is_stated_under_the_relation_that_is_asked_for(
+    ledger_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from splitfed.privacy import epsilon
+
+    with pytest.raises(SystemExit):
+        cli.main(["ledger", str(ledger_file), "--relation", "zero-out", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["relation"] == "zero-out"
+    assert shown["epsilon"]["smashed"] == pytest.approx(epsilon([(4.0, 4)], 1e-5), rel=1e-9)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ledger", str(ledger_file), "--relation", "add-one"])
+    assert ended.value.code == 2
+    assert "--relation is add-one; give replace-one or zero-out" in capsys.readouterr().err
