@@ -1,6 +1,6 @@
 """A denoiser for smashed data that attention has mixed: what a token's row usually is, and how it varies about that."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -116,23 +116,22 @@ class MixtureDenoiser:
 
 
 def fit_mixture(
-    x_BTD: Tensor,
-    input_ids_BT: Tensor,
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     embeddings_VE: Tensor,
     *,
     log_prior_V: Tensor,
     has_positions: bool = False,
     pseudo_counts: float = 2.0,
 ) -> Mixture:
-    """Fit a mixture to clean smashed data of known tokens.
+    """Fit a mixture to clean smashed data of known tokens, a batch at a time.
 
     A token's mean is drawn towards an affine function of its embedding, as if that had been seen ``pseudo_counts``
     times; so a token that is rare in the data, or missing, has a mean as well. The covariance is that of each row about
     the mean that the other rows give, so that few rows of a token do not look like little variation.
 
     Args:
-        x_BTD: Smashed data as it is clipped before its noise, shape [B, T, D]. Public: the result tells of it.
-        input_ids_BT: The tokens, shape [B, T].
+        batches: Called twice, for the means and for the covariance. Gives tokens, shape [B, T], and the smashed data as
+            it is clipped before its noise, shape [B, T, D]. Public: the result tells of it.
         embeddings_VE: Each token's embedding, shape [V, E].
         log_prior_V: Logarithm of each token's probability, shape [V], up to a constant.
         has_positions: The model has learned positions, so a row's place shifts it.
@@ -142,29 +141,50 @@ def fit_mixture(
         The mixture, in float32.
 
     Raises:
-        ValueError: If shapes do not fit, or ``pseudo_counts`` is not above 0.
+        ValueError: If shapes do not fit, there is no batch, or ``pseudo_counts`` is not above 0.
     """
-    if x_BTD.shape[:2] != input_ids_BT.shape or log_prior_V.shape != embeddings_VE.shape[:1]:
-        raise ValueError(
-            f"Rows {list(x_BTD.shape)} do not fit tokens {list(input_ids_BT.shape)}, or embeddings "
-            f"{list(embeddings_VE.shape)} a prior {list(log_prior_V.shape)}."
-        )
+    if log_prior_V.shape != embeddings_VE.shape[:1]:
+        raise ValueError(f"Embeddings {list(embeddings_VE.shape)} do not fit a prior {list(log_prior_V.shape)}.")
     if not pseudo_counts > 0:
         raise ValueError(f"pseudo_counts must be above 0, not {pseudo_counts}.")
-    x_BTD, embeddings_VE = x_BTD.float(), embeddings_VE.float()
-    counts_V1 = torch.bincount(input_ids_BT.flatten(), minlength=len(embeddings_VE)).to(x_BTD)[:, None]
-    means_VD, offsets_TD = x_BTD.new_zeros(len(embeddings_VE), x_BTD.shape[2]), x_BTD.new_zeros(x_BTD.shape[1:])
+    embeddings_VE = embeddings_VE.float()
+    counts_VT, sums_VD, sums_TD = _add_up(batches(), len(embeddings_VE))
+    counts_V1 = counts_VT.sum(dim=1, keepdim=True)
+    means_VD, offsets_TD = torch.zeros_like(sums_VD), torch.zeros_like(sums_TD)
     for _ in range(_SWEEPS if has_positions else 1):
-        sums_VD = torch.zeros_like(means_VD).index_add_(0, input_ids_BT.flatten(), (x_BTD - offsets_TD).flatten(0, 1))
-        means_VD = sums_VD + pseudo_counts * _affine(embeddings_VE, counts_V1, sums_VD)
+        rest_VD = sums_VD - counts_VT @ offsets_TD
+        means_VD = rest_VD + pseudo_counts * _affine(embeddings_VE, counts_V1, rest_VD)
         means_VD /= counts_V1 + pseudo_counts
         if has_positions:
-            offsets_TD = (x_BTD - means_VD[input_ids_BT]).mean(dim=0)
+            offsets_TD = (sums_TD - counts_VT.T @ means_VD) / counts_VT.sum(dim=0)[:, None]
     without_itself_V1 = (counts_V1 + pseudo_counts) / (counts_V1 - 1 + pseudo_counts)
-    residual_BTD = (x_BTD - offsets_TD - means_VD[input_ids_BT]) * without_itself_V1[input_ids_BT]
-    residual_ND = residual_BTD.flatten(0, 1)
-    covariance_DD = residual_ND.T @ residual_ND / len(residual_ND)
+    scatter_DD = means_VD.new_zeros(means_VD.shape[1], means_VD.shape[1])
+    for input_ids_BT, x_BTD in batches():
+        rest_BTD = (x_BTD.float() - offsets_TD - means_VD[input_ids_BT]) * without_itself_V1[input_ids_BT]
+        rest_ND = rest_BTD.flatten(0, 1)
+        scatter_DD.addmm_(rest_ND.T, rest_ND)
+    covariance_DD = scatter_DD / counts_V1.sum()
     return Mixture(means_VD, log_prior_V.float(), covariance_DD, offsets_TD if has_positions else None)
+
+
+def _add_up(batches: Iterable[tuple[Tensor, Tensor]], vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count rows by token and place, and add them up by token and by place: shapes [V, T], [V, D] and [T, D]."""
+    totals: tuple[Tensor, Tensor, Tensor] | None = None
+    for input_ids_BT, x_BTD in batches:
+        if x_BTD.shape[:2] != input_ids_BT.shape:
+            raise ValueError(f"Rows {list(x_BTD.shape)} do not fit tokens {list(input_ids_BT.shape)}.")
+        _, T, D = x_BTD.shape
+        rows_BTD = x_BTD.float()
+        if totals is None:
+            totals = rows_BTD.new_zeros(vocabulary, T), rows_BTD.new_zeros(vocabulary, D), rows_BTD.new_zeros(T, D)
+        counts_VT, sums_VD, sums_TD = totals
+        cells_BT = input_ids_BT * T + torch.arange(T, device=input_ids_BT.device)
+        counts_VT += torch.bincount(cells_BT.flatten(), minlength=counts_VT.numel()).view_as(counts_VT)
+        sums_VD.index_add_(0, input_ids_BT.flatten(), rows_BTD.flatten(0, 1))
+        sums_TD += rows_BTD.sum(dim=0)
+    if totals is None:
+        raise ValueError("A mixture needs data to be fitted to; give a batch or more.")
+    return totals
 
 
 def _affine(embeddings_VE: Tensor, counts_V1: Tensor, sums_VD: Tensor) -> Tensor:

@@ -254,9 +254,15 @@ def planted(rows, *, tokens=T, seed=10):
     return known, input_ids, known.means_VD[input_ids] + rest
 
 
+def fit(x, input_ids, embeddings, **settings):
+    """In three batches."""
+    batches = list(zip(input_ids.tensor_split(3), x.tensor_split(3), strict=True)) if len(x) > 2 else [(input_ids, x)]
+    return fit_mixture(lambda: iter(batches), embeddings, **settings)
+
+
 def test_a_fit_finds_the_mixture_that_the_rows_come_from():
     known, input_ids, x = planted(4000)
-    found = fit_mixture(x, input_ids, normal(V, 3, seed=20), log_prior_V=known.log_prior_V)
+    found = fit(x, input_ids, normal(V, 3, seed=20), log_prior_V=known.log_prior_V)
     torch.testing.assert_close(found.means_VD, known.means_VD, rtol=0, atol=0.1)
     torch.testing.assert_close(found.covariance_DD, known.covariance_DD, rtol=0.1, atol=0.05)
     assert torch.equal(found.log_prior_V, known.log_prior_V)
@@ -267,12 +273,12 @@ def test_a_fit_tells_what_a_place_adds_from_what_a_token_is():
     known, input_ids, x = planted(4000)
     x = x + known.offsets_TD
     embeddings = normal(V, 3, seed=20)
-    found = fit_mixture(x, input_ids, embeddings, log_prior_V=known.log_prior_V, has_positions=True)
+    found = fit(x, input_ids, embeddings, log_prior_V=known.log_prior_V, has_positions=True)
     assert found.offsets_TD is not None
     expected = known.means_VD[input_ids] + known.offsets_TD
     torch.testing.assert_close(found.means_VD[input_ids] + found.offsets_TD, expected, rtol=0, atol=0.1)
     torch.testing.assert_close(found.covariance_DD, known.covariance_DD, rtol=0.1, atol=0.05)
-    without = fit_mixture(x, input_ids, embeddings, log_prior_V=known.log_prior_V)
+    without = fit(x, input_ids, embeddings, log_prior_V=known.log_prior_V)
     assert without.covariance_DD.trace() > 2 * found.covariance_DD.trace()
 
 
@@ -280,9 +286,7 @@ def test_few_rows_of_a_token_do_not_look_like_little_variation():
     known, n_tokens = mixture(), 3000
     input_ids = torch.arange(n_tokens).repeat(2)[None]  # two rows of each
     rest = normal(1, 2 * n_tokens, D, seed=11) @ torch.linalg.cholesky(known.covariance_DD).T
-    found = fit_mixture(
-        rest, input_ids, torch.zeros(n_tokens, 1), log_prior_V=torch.zeros(n_tokens), pseudo_counts=0.01
-    )
+    found = fit(rest, input_ids, torch.zeros(n_tokens, 1), log_prior_V=torch.zeros(n_tokens), pseudo_counts=0.01)
     ratio = found.covariance_DD.trace() / known.covariance_DD.trace()
     assert 1 < ratio < 2.2  # of a row about the one other row: twice the variance; about their mean it would be half
 
@@ -292,7 +296,7 @@ def test_a_token_that_the_rows_lack_has_the_mean_that_its_embedding_says():
     weights, bias = normal(3, D, seed=21), normal(D, seed=22)
     input_ids = torch.randint(V - 1, (400, T), generator=torch.Generator().manual_seed(0))
     x = (embeddings @ weights + bias)[input_ids]
-    found = fit_mixture(x, input_ids, embeddings, log_prior_V=torch.zeros(V))
+    found = fit(x, input_ids, embeddings, log_prior_V=torch.zeros(V))
     torch.testing.assert_close(found.means_VD[V - 1], embeddings[V - 1] @ weights + bias, rtol=0.02, atol=0.02)
 
 
@@ -313,11 +317,13 @@ def test_a_fit_to_what_does_not_fit_is_refused():
     known, input_ids, x = planted(4)
     embeddings = normal(V, 3)
     with pytest.raises(ValueError, match="do not fit tokens"):
-        fit_mixture(x[:, 1:], input_ids, embeddings, log_prior_V=known.log_prior_V)
-    with pytest.raises(ValueError, match="do not fit tokens"):
-        fit_mixture(x, input_ids, embeddings, log_prior_V=known.log_prior_V[1:])
+        fit(x[:, 1:], input_ids, embeddings, log_prior_V=known.log_prior_V)
+    with pytest.raises(ValueError, match="do not fit a prior"):
+        fit(x, input_ids, embeddings, log_prior_V=known.log_prior_V[1:])
     with pytest.raises(ValueError, match="pseudo_counts must be above 0"):
-        fit_mixture(x, input_ids, embeddings, log_prior_V=known.log_prior_V, pseudo_counts=0.0)
+        fit(x, input_ids, embeddings, log_prior_V=known.log_prior_V, pseudo_counts=0.0)
+    with pytest.raises(ValueError, match="needs data"):
+        fit_mixture(lambda: iter(()), embeddings, log_prior_V=known.log_prior_V)
 
 
 # The trunk output, on the device
