@@ -148,7 +148,7 @@ def fit_mixture(
     if not pseudo_counts > 0:
         raise ValueError(f"pseudo_counts must be above 0, not {pseudo_counts}.")
     embeddings_VE = embeddings_VE.float()
-    counts_VT, sums_VD, sums_TD = _add_up(batches(), len(embeddings_VE))
+    counts_VT, sums_VD, sums_TD = _add_up(batches(), len(embeddings_VE), has_positions=has_positions)
     counts_V1 = counts_VT.sum(dim=1, keepdim=True)
     means_VD, offsets_TD = torch.zeros_like(sums_VD), torch.zeros_like(sums_TD)
     for _ in range(_SWEEPS if has_positions else 1):
@@ -167,20 +167,26 @@ def fit_mixture(
     return Mixture(means_VD, log_prior_V.float(), covariance_DD, offsets_TD if has_positions else None)
 
 
-def _add_up(batches: Iterable[tuple[Tensor, Tensor]], vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Count rows by token and place, and add them up by token and by place: shapes [V, T], [V, D] and [T, D]."""
+def _add_up(
+    batches: Iterable[tuple[Tensor, Tensor]], vocabulary: int, *, has_positions: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count rows by token and place, and add them up by token and by place: shapes [V, T], [V, D] and [T, D].
+
+    Without positions all places are one.
+    """
     totals: tuple[Tensor, Tensor, Tensor] | None = None
     for input_ids_BT, x_BTD in batches:
         if x_BTD.shape[:2] != input_ids_BT.shape:
             raise ValueError(f"Rows {list(x_BTD.shape)} do not fit tokens {list(input_ids_BT.shape)}.")
-        _, T, D = x_BTD.shape
-        rows_BTD = x_BTD.float()
+        rows_BTD = x_BTD.float() if has_positions else x_BTD.float().flatten(0, 1)[:, None]
+        ids_BT = input_ids_BT if has_positions else input_ids_BT.flatten()[:, None]
+        _, T, D = rows_BTD.shape
         if totals is None:
             totals = rows_BTD.new_zeros(vocabulary, T), rows_BTD.new_zeros(vocabulary, D), rows_BTD.new_zeros(T, D)
         counts_VT, sums_VD, sums_TD = totals
-        cells_BT = input_ids_BT * T + torch.arange(T, device=input_ids_BT.device)
+        cells_BT = ids_BT * T + torch.arange(T, device=ids_BT.device)
         counts_VT += torch.bincount(cells_BT.flatten(), minlength=counts_VT.numel()).view_as(counts_VT)
-        sums_VD.index_add_(0, input_ids_BT.flatten(), rows_BTD.flatten(0, 1))
+        sums_VD.index_add_(0, ids_BT.flatten(), rows_BTD.flatten(0, 1))
         sums_TD += rows_BTD.sum(dim=0)
     if totals is None:
         raise ValueError("A mixture needs data to be fitted to; give a batch or more.")

@@ -49,13 +49,16 @@ class TrunkTrainer:
         seed: The run's seed, for dropout.
         denoiser: Takes smashed data nearer to what it was before its noise, on its way into the trunk, in training and
             evaluation alike; none: the trunk takes it as it comes. Smashed gradients are those of what came.
+
+    Attributes:
+        denoiser: The same; another one holds for the rounds that are opened after it.
     """
 
     def __init__(
         self, trunk: Segment, training: TrainingSection, *, seed: int, denoiser: Denoiser | None = None
     ) -> None:
         self._trunk = trunk
-        self._denoiser = denoiser
+        self.denoiser = denoiser
         self._training = training
         self._seed = seed
         named = adapter_parameters(trunk)
@@ -98,7 +101,7 @@ class TrunkTrainer:
             name: nn.Parameter(adapter[name].detach().clone().to(self._parameter.device)) for name in self._local_names
         }
         optimiser_of_slot = StepOptimiser(parameters, self._training)
-        filled = _Slot(client or slot, round, parameters, optimiser_of_slot, denoiser or self._denoiser)
+        filled = _Slot(client or slot, round, parameters, optimiser_of_slot, denoiser or self.denoiser)
         filled.optimiser.load(optimiser)
         self._slots[slot] = filled
 

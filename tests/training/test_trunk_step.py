@@ -388,6 +388,18 @@ def test_a_clients_own_denoiser_goes_before_the_trainers() -> None:
         assert_equal_to_rounding(output_BTD, trunk(denoiser(hidden("noisy"))), slot)
 
 
+def test_another_denoiser_holds_from_the_next_round() -> None:
+    trunk = tiny_trunk()
+    trainer = trainer_of(trunk, "a")
+    trainer.denoiser = half
+    trunk.eval()
+    before_BTD = trainer.forward("a", 0, 0, hidden("noisy"), trains=False)
+    assert_equal_to_rounding(before_BTD, trunk(hidden("noisy")), "before")
+    trainer.open_round("a", 2, adapter_state(trunk), {})
+    after_BTD = trainer.forward("a", 0, 0, hidden("noisy"), trains=False)
+    assert_equal_to_rounding(after_BTD, trunk(half(hidden("noisy"))), "after")
+
+
 def test_without_a_denoiser_not_a_bit_changes() -> None:
     trunk = tiny_trunk(dropout=0.3)
     plain, identity = trainer_of(trunk, "a"), TrunkTrainer(trunk, TRAINING, seed=3, denoiser=lambda y_BTD: y_BTD)
