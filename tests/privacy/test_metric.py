@@ -76,6 +76,7 @@ def test_the_guarantee_is_stated_as_eta_times_distance_and_never_as_an_epsilon()
     assert "no epsilon" in tested.statement
     assert (tested.unit, tested.relation, tested.noise_multiplier) == ("token", "metric", 0)
     assert tested.rdp(2.0) == math.inf
+    assert tested.units(7) == 7.0
 
 
 @pytest.mark.parametrize("distance", [-1.0, math.nan])
