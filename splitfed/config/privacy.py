@@ -45,6 +45,9 @@ class PrivacySection(Section):
     sample_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Probability with which a step draws each example, in secret; left out = examples come in their order."""
 
+    denoise: bool = False
+    """Whether the trunk takes noise away at its entrance, by what the base model alone shows; costs no privacy."""
+
     @property
     def is_on(self) -> bool:
         """Something is noised."""
@@ -62,6 +65,11 @@ class PrivacySection(Section):
                 'eta and smashed = "metric" belong together; give both or neither'
                 if self.eta is not None
                 else 'smashed = "metric" needs eta, the loss of privacy per unit of distance; set it'
+            )
+        if self.denoise and self.epsilon is not None:
+            raise ValueError(
+                "denoise needs noise_multiplier in place of epsilon: a server does not know the noise that each device "
+                "calibrates for itself"
             )
         if self.sample_rate is not None and (self.relation != "zero-out" or self.adapter != "dp-sgd"):
             raise ValueError(

@@ -18,6 +18,7 @@ from splitfed.server.contribution import Contribution, metrics_line
 from splitfed.server.engine import Engine
 from splitfed.server.sessions import Limits, TrainSession
 from splitfed.server.store import RunState, RunStore
+from splitfed.training.denoising import FitDenoiser
 from splitfed.training.link import link_codecs
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Coordinator:
         worker: Where blocking work goes.
         hidden_size: Size of a hidden vector.
         clock: Monotonic seconds.
+        fit_denoiser: Fits what the trunk takes noise away with to the adapters that a round starts from; None = the
+            trunk takes what comes.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Coordinator:
         worker: Executor,
         hidden_size: int,
         clock: Callable[[], float] = time.monotonic,
+        fit_denoiser: FitDenoiser | None = None,
     ) -> None:
+        self._fit_denoiser = fit_denoiser
         self.config = config
         self.rounds = Rounds(
             config.federation.agents,
@@ -271,6 +276,14 @@ class Coordinator:
             await self._close_round_if_complete()
         await self._tell()
 
+    async def prepare_entrance(self) -> None:
+        """Fit what the trunk takes noise away with to the adapters that the next round starts from."""
+        if self._fit_denoiser is None:
+            return
+        ends = self._state.ends
+        denoiser = await asyncio.get_running_loop().run_in_executor(self._worker, self._fit_denoiser, ends)
+        await self._engine.denoise_with(denoiser)
+
     async def drain(self) -> None:
         """Take no more work, and tell everyone who watches."""
         self.is_draining = True
@@ -342,6 +355,8 @@ class Coordinator:
         metrics = metrics_line(state, taken, rounds=self.rounds.rounds, seconds=seconds)
         await asyncio.get_running_loop().run_in_executor(self._worker, self._write, state, metrics)
         self._state = state
+        if self.rounds.current < self.rounds.rounds:
+            await self.prepare_entrance()
         self.rounds.commit()
         over = list(self._sessions.values())
         self._begin_round()

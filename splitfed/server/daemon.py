@@ -23,6 +23,7 @@ from splitfed.server.engine import LocalEngine
 from splitfed.server.metrics import exposed
 from splitfed.server.services import FederationService, Identity, JoiningService, TrainingService
 from splitfed.server.store import RunState, RunStore
+from splitfed.training.denoising import FitDenoiser
 from splitfed.training.setup import lora_settings
 from splitfed.training.trunk_step import TrunkTrainer
 from splitfed.transport.channel import SERVER_OPTIONS, server_credentials
@@ -44,13 +45,21 @@ class Daemon:
         trainer: Owner of the trunk.
         store: Where rounds are written.
         base: The base model, as agents ask about it.
+        fit_denoiser: Fits what the trunk takes noise away with; None = the trunk takes what comes.
 
     Attributes:
         coordinator: Owner of the run's state.
     """
 
     def __init__(
-        self, config: ServerConfig, state: RunState, trainer: TrunkTrainer, store: RunStore, base: BaseFolder
+        self,
+        config: ServerConfig,
+        state: RunState,
+        trainer: TrunkTrainer,
+        store: RunStore,
+        base: BaseFolder,
+        *,
+        fit_denoiser: FitDenoiser | None = None,
     ) -> None:
         self._config = config
         self._store = store
@@ -66,6 +75,7 @@ class Daemon:
             export=self._export,
             worker=self._worker,
             hidden_size=trainer.hidden_size,
+            fit_denoiser=fit_denoiser,
         )
         self._blocks = trainer.blocks
 
@@ -90,6 +100,7 @@ class Daemon:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
             bound = [self._listen(server, address) for address in self._addresses()]
+            await self.coordinator.prepare_entrance()
             await server.start()
             with exposed(self.coordinator, self._config.server.metrics_port):
                 await self._health.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from splitfed.errors import ProtocolError
+from splitfed.privacy.denoise import Denoiser
 from splitfed.training.trunk_step import TrunkTrainer
 
 R = TypeVar("R")
@@ -20,6 +21,9 @@ class Engine(Protocol):
         self, slot: str, client: str, round: int, adapter: Mapping[str, Tensor], optimiser: Mapping[str, Tensor]
     ) -> None:
         """Fill a slot with a client at the start of a round."""
+
+    async def denoise_with(self, denoiser: Denoiser) -> None:
+        """Take noise away at the trunk's entrance, in the rounds that are opened from now on."""
 
     async def forward(
         self,
@@ -70,6 +74,10 @@ class LocalEngine:
     ) -> None:
         """Fill a slot with a client at the start of a round."""
         await self._do(lambda: self._trainer.open_round(slot, round, adapter, optimiser, client=client))
+
+    async def denoise_with(self, denoiser: Denoiser) -> None:
+        """Take noise away at the trunk's entrance, in the rounds that are opened from now on."""
+        await self._do(lambda: setattr(self._trainer, "denoiser", denoiser))
 
     async def forward(
         self,

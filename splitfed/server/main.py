@@ -8,12 +8,13 @@ from pathlib import Path
 
 from splitfed.config import ServerConfig, refuse_plain_text
 from splitfed.errors import ConfigError
-from splitfed.models import adapter_state, load_config, resolve_base
+from splitfed.models import Partition, Trunk, adapter_state, load_config, resolve_base
 from splitfed.server.base import BaseFolder
 from splitfed.server.daemon import Daemon
 from splitfed.server.store import RunState, RunStore
+from splitfed.training.denoising import FitDenoiser, entrance_of_run
 from splitfed.training.runtime import prepare_process
-from splitfed.training.setup import open_trunk, start_of_run
+from splitfed.training.setup import open_bottom_and_top, open_trunk, start_of_run
 from splitfed.training.trunk_step import TrunkTrainer
 
 _log = logging.getLogger(__name__)
@@ -76,8 +77,17 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
         else:
             _log.info("going on after round %d of %d", state.round, config.training.rounds)
         trainer = TrunkTrainer(trunk, config.training, seed=config.run.seed)
+        fit_denoiser = _entrance(folder, config, trunk) if config.privacy.denoise and config.privacy.is_on else None
         opened.pop_all()
-        return Daemon(config, state, trainer, store, base)
+        return Daemon(config, state, trainer, store, base, fit_denoiser=fit_denoiser)
+
+
+def _entrance(folder: Path, config: ServerConfig, trunk: Trunk) -> FitDenoiser:
+    """Prepare to take noise away: the server holds the whole base model, so it knows what comes without noise."""
+    _log.info("learning from the base model what smashed data looks like without noise")
+    bottom, top = open_bottom_and_top(folder, config.model, config.lora, seed=config.run.seed)
+    parts = Partition(bottom, trunk, top, config.model.bottom_blocks, config.model.top_blocks)
+    return entrance_of_run(parts, config.privacy, max_tokens=config.training.max_tokens)
 
 
 def _check_positions(folder: Path, max_tokens: int) -> None:

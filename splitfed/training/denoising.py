@@ -7,20 +7,24 @@ Shapes: B sequences, T tokens, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from splitfed.models import Partition, Segment
+from splitfed.config import PrivacySection
+from splitfed.models import Partition, Segment, load_adapter_state
 from splitfed.models.families import family_of
 from splitfed.privacy.clip import Per, clip
 from splitfed.privacy.denoise import Denoiser, Table
+from splitfed.privacy.mechanisms import GaussianMechanism
+from splitfed.privacy.metric import MetricMechanism
 from splitfed.privacy.mixture import Mixture, fit_mixture
 from splitfed.privacy.output_denoise import OutputDenoiser, fit_output_denoiser
 from splitfed.training.data import Example
+from splitfed.training.protection import settle_clip, smashed_mechanism, with_default_noise
 
 ROWS_A_TOKEN = 32
 """Random rows of each token that a fit takes: twice as many were worth 0.01 nats, half as many cost 0.03."""
@@ -29,6 +33,41 @@ MADE_UP_SEQUENCES = 128
 
 _AT_ONCE = 16
 _UNSEEN = 0.5  # added to each token's count, so that none is impossible
+
+
+FitDenoiser = Callable[[Mapping[str, Tensor]], Denoiser]
+"""From the adapters of bottom and top, by whole-model name, to what fits the smashed data that they make."""
+
+
+def entrance_of_run(parts: Partition, privacy: PrivacySection, *, max_tokens: int) -> FitDenoiser:
+    """Prepare what a run's trunk takes noise away with, from the base model alone.
+
+    Args:
+        parts: The segments as they start; the bottom is kept, and changed with every fit.
+        privacy: The run's section, with noise on and a noise multiplier.
+        max_tokens: The run's T.
+
+    Returns:
+        A function to call at a round's start; the same adapters give the same denoiser.
+    """
+    settled = settle_clip(with_default_noise(privacy), parts.bottom)
+    mechanism, bottom = smashed_mechanism(settled), parts.bottom
+    made_up_BT = made_up_tokens(parts, tokens=max_tokens)
+    is_metric = isinstance(mechanism, MetricMechanism)
+    clipping_norm = None if is_metric else settled.clipping_norm_smashed
+
+    def fit(ends: Mapping[str, Tensor]) -> Denoiser:
+        load_adapter_state(bottom, ends)
+        known = fit_smashed(
+            bottom, clipping_norm=clipping_norm, max_tokens=max_tokens, per=settled.clip, public_BT=made_up_BT
+        )
+        if isinstance(mechanism, MetricMechanism):
+            assert isinstance(known, Table)
+            return known.denoiser(eta=mechanism.eta)
+        assert isinstance(mechanism, GaussianMechanism)
+        return known.denoiser(std=mechanism.noise_std(max_tokens))
+
+    return fit
 
 
 def fit_smashed(

@@ -129,10 +129,16 @@ def settle_noise(privacy: PrivacySection, workload: Workload) -> PrivacySection:
         ConfigError: If no noise multiplier keeps that epsilon, or a secret sample would outgrow its batch too often.
     """
     if privacy.epsilon is None:
-        value = DEFAULT_NOISE_MULTIPLIER if privacy.noise_multiplier is None else privacy.noise_multiplier
-    else:
-        value = _calibrated(privacy, privacy.epsilon, workload)
+        return with_default_noise(privacy)
+    value = _calibrated(privacy, privacy.epsilon, workload)
     return privacy.model_copy(update={"noise_multiplier": value, "epsilon": None})
+
+
+def with_default_noise(privacy: PrivacySection) -> PrivacySection:
+    """Fill in the default noise multiplier where the section has neither one nor an epsilon."""
+    if privacy.noise_multiplier is not None or privacy.epsilon is not None:
+        return privacy
+    return privacy.model_copy(update={"noise_multiplier": DEFAULT_NOISE_MULTIPLIER})
 
 
 def smashed_mechanism(privacy: PrivacySection) -> Mechanism:

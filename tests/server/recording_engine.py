@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from splitfed.errors import ProtocolError
+from splitfed.privacy.denoise import Denoiser
 
 
 @dataclass
@@ -34,6 +35,9 @@ class RecordingEngine:
         self._note("open_round", client, round)
         self.states[slot] = (client, round, dict(adapter), dict(optimiser))
         self.steps[slot] = 0
+
+    async def denoise_with(self, denoiser: Denoiser) -> None:
+        self._note("denoise_with", denoiser)
 
     async def forward(
         self,
