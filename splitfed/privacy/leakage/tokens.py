@@ -28,7 +28,7 @@ class Embedding:
 
     Attributes:
         table_VD: Input embedding of each token, shape [V, D].
-        blocks: Input embeddings [B, T, D] to hidden vectors [B, T, D].
+        blocks: Input embeddings [B, T, D], float32, to hidden vectors [B, T, D], differentiable.
     """
 
     table_VD: Tensor
@@ -61,7 +61,7 @@ def attack_tokens(
         and in context; linear probe; transformer; gradient descent, on the first 16 sequences only.
 
     Raises:
-        ValueError: If smashed data and text differ in shape, or there are fewer than 2 public texts.
+        ValueError: If smashed data, text and public text differ in shape, or there are fewer than 2 public texts.
     """
     public = PublicReleases(knowledge, seed=seed)
     rows = KnownRows(public, seed=seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitfed.privacy.leakage.tokens_knowledge import Rows
 
-_RATE: Final = 0.6  # of the table's standard deviation: how far Adam's first step of a round goes
+_RATE: Final = 0.4  # of the table's standard deviation: how far Adam's first step of a round goes
 _PULL: Final = 0.5  # of the way to the closest token, at a round's end
 _SEQUENCES_AT_ONCE: Final = 16
 

@@ -55,17 +55,19 @@ def score_tokens(attack: TokenAttack, smashed_BTD: Tensor, private: Texts, knowl
         knowledge: What the attack knew, for the blind guess that it is compared with.
 
     Raises:
-        ValueError: If smashed data and text differ in shape.
+        ValueError: If smashed data, text and public text differ in shape.
 
     Guarantees:
         * Padding is no trial, whatever is guessed there.
         * Chance is the rate of ``blind_guess`` on the same tokens.
     """
-    if smashed_BTD.shape[:2] != private.input_ids_BT.shape:
+    T = knowledge.public.input_ids_BT.shape[1]
+    if smashed_BTD.shape[:2] != private.input_ids_BT.shape or smashed_BTD.shape[1] != T:
         raise ValueError(
-            f"Smashed data {tuple(smashed_BTD.shape)} is not that of texts {tuple(private.input_ids_BT.shape)}."
+            f"Smashed data {tuple(smashed_BTD.shape)} is not that of texts {tuple(private.input_ids_BT.shape)}, padded "
+            f"to the {T} tokens of the public ones."
         )
-    guess_T = blind_guess(knowledge.public, knowledge.vocabulary)[: private.input_ids_BT.shape[1]]
+    guess_T = blind_guess(knowledge.public, knowledge.vocabulary)
     is_real_BT, truth_BT = private.is_real, private.input_ids_BT
     blind = int((is_real_BT & (guess_T == truth_BT)).sum())
     hits_B = (is_real_BT & (attack.recover(smashed_BTD) == truth_BT)).sum(-1)
