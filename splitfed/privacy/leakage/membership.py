@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitfed.privacy.leakage.estimate import AttackResult
 
-_DIRECTIONS: Final = 32
+_DIRECTIONS: Final = 128
 _FLOOR: Final = 1e-3
 _TINY: Final = 1e-30
 
@@ -49,7 +49,7 @@ def alignment_scores(gradients_NP: Tensor, update_P: Tensor, public_MP: Tensor) 
     weight_P = 1 / (usual_P + _FLOOR * usual_P.mean() + _TINY)
     mean_P = public_MP.mean(0)
     varied_MP = (public_MP - mean_P) * weight_P
-    directions = torch.linalg.svd(varied_MP, full_matrices=False).Vh[: min(_DIRECTIONS, len(public_MP) // 3)]
+    directions = torch.linalg.svd(varied_MP, full_matrices=False).Vh[: min(_DIRECTIONS, len(public_MP) // 2)]
     common_KP = torch.linalg.qr(torch.cat([directions, (mean_P * weight_P).unsqueeze(0)]).T).Q.T
 
     def left_over(x: Tensor) -> Tensor:
@@ -59,6 +59,17 @@ def alignment_scores(gradients_NP: Tensor, update_P: Tensor, public_MP: Tensor) 
     update_P = left_over(update_P)
     norms_N = own_NP.norm(dim=-1) * update_P.norm()
     return -(own_NP @ update_P) / norms_N.clamp_min(_TINY)
+
+
+def stand_out(scores_N: Tensor) -> Tensor:
+    """Compare the scores of records that are judged together, half of which are members, with their median.
+
+    What moves all of them, such as text unlike the public one, then moves none.
+
+    Args:
+        scores_N: Scores, shape [N], N at least 1.
+    """
+    return scores_N - scores_N.median()
 
 
 def best_threshold(members: Tensor, others: Tensor) -> float:

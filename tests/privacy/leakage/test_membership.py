@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from splitfed.privacy.leakage.membership import alignment_scores, best_threshold, found_at, membership_result
+from splitfed.privacy.leakage.membership import (
+    alignment_scores,
+    best_threshold,
+    found_at,
+    membership_result,
+    stand_out,
+)
 
 P = 3000
 
@@ -75,6 +81,12 @@ def test_a_threshold_separates_what_can_be_separated():
     members, others = torch.tensor([0.4, 0.5, 0.9]), torch.tensor([0.1, 0.2])
     assert 0.2 < best_threshold(members, others) < 0.4
     assert best_threshold(torch.tensor([1.0]), torch.tensor([1.0])) in (0.0, 2.0)
+
+
+def test_what_moves_all_records_that_are_judged_together_moves_none():
+    scores = torch.tensor([0.1, 0.4, 0.2, 0.9, 0.3])
+    assert stand_out(scores).tolist() == pytest.approx([-0.2, 0.1, -0.1, 0.6, 0.0])
+    assert torch.allclose(stand_out(scores + 5), stand_out(scores))
 
 
 def test_right_answers_are_counted_on_both_sides():
