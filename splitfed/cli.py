@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -99,6 +100,43 @@ def demo(
 
 
 @app.command()
+def audit(
+    config: ConfigFile,
+    public_data: Annotated[
+        Path, typer.Option("--public-data", metavar="FILE", help="Text like the private one that everybody has.")
+    ],
+    private_data: Annotated[
+        Path, typer.Option("--private-data", metavar="FILE", help="Text to attack; what leaks of it is counted.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FOLDER", help="Write audit.json, audit.csv and audit.png there.")
+    ] = None,
+    examples: Annotated[int, typer.Option("--examples", help="Private sequences to attack.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    text_column: Annotated[str, typer.Option("--text-column", help="Column of plain text.")] = "text",
+    prompt_column: Annotated[str, typer.Option("--prompt-column", help="Column of prompts.")] = "prompt",
+    completion_column: Annotated[
+        str, typer.Option("--completion-column", help="Column of completions.")
+    ] = "completion",
+    messages_column: Annotated[str, typer.Option("--messages-column", help="Column of conversations.")] = "messages",
+) -> None:
+    """Attack a run's split point, and count what a server recovers."""
+    from splitfed.config import load_server_config
+
+    if examples < 2:
+        raise ConfigError(f"--examples is {examples}; give 2 or more")
+    settings = load_server_config(config)
+    from splitfed.study.audit_command import Columns, run_audit
+
+    columns = Columns(text_column, prompt_column, completion_column, messages_column)
+    found = run_audit(settings, public_data, private_data, columns, examples=examples, output=output)
+    if as_json:
+        typer.echo(found.as_json())
+        return
+    _print_table(*found.table(), found.summary())
+
+
+@app.command()
 def ledger(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="ledger.jsonl of an agent's state directory.")],
     delta: Annotated[float, typer.Option("--delta", help="The delta to state epsilon at.")] = 1e-5,
@@ -112,16 +150,20 @@ def ledger(
         raise ConfigError(f"--delta is {delta}; give a number between 0 and 1")
     if relation not in ("replace-one", "zero-out"):
         raise ConfigError(f"--relation is {relation}; give replace-one or zero-out")
-    from rich.console import Console
-    from rich.table import Table
-
     from splitfed.privacy import report_ledger
 
     report = report_ledger(file, delta=delta, relation=relation)
     if as_json:
         typer.echo(report.model_dump_json())
         return
-    headings, rows = report.table()
+    _print_table(*report.table(), report.summary())
+
+
+def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], sentences: Iterable[str]) -> None:
+    """Print a table with what there is to say of it."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=None)
     for heading in headings:
         table.add_column(heading, overflow="fold")  # a figure that does not fit is never cut
@@ -129,7 +171,7 @@ def ledger(
         table.add_row(*row)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
     console.print(table)
-    for sentence in report.summary():
+    for sentence in sentences:
         console.print(sentence, soft_wrap=True)
 
 

@@ -50,7 +50,7 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"splitfed {splitfed.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["server", "agent", "demo", "ledger"])
+@pytest.mark.parametrize("command", ["server", "agent", "demo", "ledger", "audit"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -173,3 +173,75 @@ def test_a_ledger_is_stated_under_the_relation_that_is_asked_for(
         cli.main(["ledger", str(ledger_file), "--relation", "add-one"])
     assert ended.value.code == 2
     assert "--relation is add-one; give replace-one or zero-out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> list[str]:
+    """The words of an audit of a small run."""
+    from tests.study.audited_run import write_config, write_rows
+
+    config = write_config(tmp_path / "server.toml", privacy="noise_multiplier = 50.0")
+    public = write_rows(tmp_path / "public.jsonl", 12, seed=1)
+    private = write_rows(tmp_path / "private.jsonl", 8, seed=2)
+    return ["audit", "--config", str(config), "--public-data", str(public), "--private-data", str(private)]
+
+
+def test_an_audit_shows_what_noise_takes_from_a_server(
+    audited: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*audited, "--examples", "2", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "lower bound on what leaks, never a guarantee" in said.out.splitlines()[-1]
+    written = json.loads((tmp_path / "out" / "audit.json").read_text())
+    rates = {(row["target"], row["attack"], row["protection"]): row["rate"] for row in written["rows"]}
+    for target, attack in (("tokens", "nearest neighbour"), ("labels", "gradient matching")):
+        assert rates[target, attack, "noise off"] > 0.9
+        assert rates[target, attack, "as configured"] < 0.6
+        assert attack in said.out
+    assert {target for target, _, _ in rates} == {"tokens", "labels", "mask", "membership"}
+    on = next(row for row in written["rows"] if row["protection"] == "as configured")
+    assert 0 < on["epsilon_per_release"] < 1
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["audit.csv", "audit.json", "audit.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        ({"--public-data": "gone.csv"}, 1, "gone.csv: no such file; give --public-data the path of one"),
+        ({"--private-data": "gone.csv"}, 1, "gone.csv: no such file; give --private-data the path of one"),
+        ({"--config": "gone.toml"}, 2, "gone.toml: no such file"),
+        ({"--config": "agent.toml"}, 2, "agent.toml: unknown key agent"),
+        ({"--examples": "1"}, 2, "--examples is 1; give 2 or more"),
+        ({"--public-data": "few.jsonl"}, 1, "few.jsonl: has 3 sequences, but an audit needs 8 or more there"),
+        ({"--private-data": "other.csv"}, 1, "it has mr, ref: name the right ones with --prompt-column"),
+        ({"--private-data": "rows.dat"}, 1, "rows.dat: its extension says no format; give it the name of a"),
+        ({"--output": "server.toml"}, 2, "server.toml: cannot be written to"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused_in_one_sentence_and_nothing_is_written(
+    audited: list[str],
+    tmp_path: Path,
+    change: dict[str, str],
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tests.study.audited_run import write_rows
+
+    write_rows(tmp_path / "few.jsonl", 3, seed=3)
+    (tmp_path / "other.csv").write_text("mr,ref\na,b\n")
+    (tmp_path / "rows.dat").write_text("a")
+    (tmp_path / "agent.toml").write_text('[agent]\nname = "a"\nstate_directory = "s"\n[data]\npath = "d.csv"\n')
+    before = sorted(tmp_path.iterdir())
+    options = dict(zip(audited[1::2], audited[2::2], strict=True))
+    options |= {name: value if name == "--examples" else str(tmp_path / value) for name, value in change.items()}
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["audit", *(word for pair in options.items() for word in pair)])
+    assert ended.value.code == status
+    err = capsys.readouterr().err
+    assert said in err
+    assert (err.count("\n"), err.startswith("splitfed: ")) == (1, True)
+    assert sorted(tmp_path.iterdir()) == before
