@@ -266,5 +266,6 @@ def _signals(charge: Charge, *, per_token: bool) -> list[tuple[Channel | None, f
     """Give the squared signal that a charge adds to each channel, and to all together (None)."""
     together = charge.signal(per_token=per_token)
     if charge.channel == "step":
-        return [(None, together), *((channel, squared_signal([(z, 1)])) for channel, z in (charge.channels or {}).items())]
+        each = {channel: squared_signal([(z, 1)]) for channel, z in (charge.channels or {}).items()}
+        return [(None, together), *each.items()]
     return [(None, together), (charge.channel, together)]
