@@ -74,7 +74,7 @@ def test_noise_reaches_what_is_seen_of_padding_too(tmp_path):
     padding = torch.arange(setting.max_tokens) >= off.texts.lengths_B[:, None]
     assert padding.any()
     assert off.gradient_BTD[padding].abs().max() == 0
-    assert on.gradient_BTD[padding].abs().min(dim=-1).values.max() > 0
+    assert (on.gradient_BTD[padding].norm(dim=-1) > 0).all()
 
 
 def test_a_release_is_stated_with_its_own_unit(tmp_path):
