@@ -167,10 +167,13 @@ def _attack_the_update(setting: AuditSetting, compared: list[Protection], progre
         noise = "as configured" if protection.is_on else "noise off"
         guarantee = update_guarantee(setting, is_protected=protection.is_on)
         tell = progress.of(f"membership, {noise}", _PLAY)
+        steps = f"a round of {setting.config.training.local_steps} steps"
+        if protection.is_on and setting.privacy.adapter == "dp-sgd":
+            steps += ", each of which is a release"
         for outcome in games.play(is_protected=protection.is_on, on_progress=tell):
             note = (
                 f"names {100 * outcome.found:.0f} % of {games.members} members with {100 * FALSE_ALARMS:.0f} % false "
-                f"alarms, after one round"
+                f"alarms, after {steps}"
             )
             yield _row(outcome.result, protection.is_on, guarantee, note)
 

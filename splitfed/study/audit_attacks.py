@@ -89,7 +89,7 @@ def gradient_results(
     private_evidence_BT = by_row.evidence_N.view_as(private.texts.targets_BT)
     figures = {
         "row norms": (few.gradient_BTD.norm(dim=-1), private.gradient_BTD.norm(dim=-1)),
-        "possible rows": (public_evidence_BT, private_evidence_BT),
+        "row likelihoods": (public_evidence_BT, private_evidence_BT),
     }
     name = max(figures, key=lambda name: _checked(figures[name][0], few.texts.carries_loss))
     learned_from_BT, seen_BT = figures[name]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
@@ -190,11 +191,11 @@ class Audit:
 
 
 def success(row: AuditRow | None) -> str:
-    """Write a rate with its interval, in per cent."""
+    """Write a rate with its interval, in per cent, the interval rounded outwards."""
     if row is None:
         return "–"
     low, high = row.result.interval()
-    return f"{percent(row.result.rate)} ({100 * low:.1f}–{100 * high:.1f})"
+    return f"{percent(row.result.rate)} ({math.floor(100 * low)}–{math.ceil(100 * high)})"
 
 
 def percent(rate: float) -> str:

@@ -13,7 +13,7 @@ from tests.study.audited_run import DataSection, load_server_config, setting_of,
 def test_rows_are_set_against_the_token_that_their_logits_predict(tmp_path):
     setting = setting_of(tmp_path)
     texts = setting.texts(setting.private)
-    assert texts.input_ids_BT.shape == texts.targets_BT.shape == (4, 12)
+    assert texts.input_ids_BT.shape == texts.targets_BT.shape == (4, 14)
     for row, example in enumerate(setting.private):
         n_tokens = len(example.input_ids)
         assert texts.lengths_B[row] == n_tokens
