@@ -16,9 +16,7 @@ TokensBefore = Literal[0, 1, 2]
 TOKENS_BEFORE: Final[tuple[TokensBefore, ...]] = (0, 1, 2)
 
 _CANDIDATES: Final = 24
-_FOLLOWERS_TO_TRUST: Final = (
-    3.0  # occurrences of two tokens before what followed both outweighs what follows the second
-)
+_FOLLOWERS_TO_TRUST: Final = 3.0  # occurrences of two tokens before what followed them outweighs the shorter context
 _ELEMENTS_AT_ONCE: Final = 2**24
 
 
