@@ -44,7 +44,7 @@ TRAINING = TrainingSection(
     rounds=4, local_steps=15, batch_size=12, max_tokens=MAX_TOKENS, learning_rate=3e-3, schedule="constant"
 )
 DELTA = 1e-5
-PUBLIC, PRIVATE = 512, 100
+PUBLIC, PRIVATE = 256, 40
 
 
 def load(file: str, rows: int, start: int = 0) -> Sequence[Example]:

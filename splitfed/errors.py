@@ -59,17 +59,19 @@ class WeightsError(SplitFedError):
 
 
 class PrivacyError(SplitFedError):
-    """A release that the agent's own privacy policy does not allow."""
+    """A release that the agent's own privacy policy does not allow, or that is not finite."""
+
+    exit_code = 3
 
 
 class BudgetExhausted(PrivacyError):
     """The next release would pass the agent's epsilon budget, so it was not made."""
 
-    exit_code = 3
-
 
 class LedgerError(PrivacyError):
     """A ledger that cannot be read or written; nothing is released without one."""
+
+    exit_code = 1
 
 
 class NonFiniteLoss(SplitFedError):

@@ -168,7 +168,7 @@ def test_a_ledger_is_stated_under_the_relation_that_is_asked_for(
         cli.main(["ledger", str(ledger_file), "--relation", "zero-out", "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["relation"] == "zero-out"
-    assert shown["epsilon"]["smashed"] == pytest.approx(epsilon([(4.0, 4)], 1e-5), rel=1e-9)
+    assert shown["epsilon"]["smashed"] == pytest.approx(epsilon([(2.0, 4)], 1e-5), rel=1e-9)
     with pytest.raises(SystemExit) as ended:
         cli.main(["ledger", str(ledger_file), "--relation", "add-one"])
     assert ended.value.code == 2

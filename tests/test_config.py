@@ -83,6 +83,19 @@ def test_the_owner_s_word_outranks_the_run_s_and_what_is_left_out_is_the_run_s(
     assert (said.noise_multiplier, said.epsilon, said.is_on) == (0, None, False)
 
 
+def test_delta_and_relation_are_the_owner_s_whatever_the_run_says(
+    server: Callable[[str], ServerConfig], agent: Callable[[str], AgentConfig]
+) -> None:
+    """Else a run could make a budget mean nothing."""
+    run = server(SERVER + '[privacy]\ndelta = 0.99\nrelation = "zero-out"\n').shared().privacy
+    said = agent(AGENT + "[privacy]\nepsilon_budget = 3\n").privacy.over(run)
+    assert (said.delta, said.relation) == (1e-5, "replace-one")
+    said = agent(AGENT + '[privacy]\ndelta = 1e-6\nrelation = "zero-out"\n').privacy.over(
+        server(SERVER).shared().privacy
+    )
+    assert (said.delta, said.relation) == (1e-6, "zero-out")
+
+
 def test_what_does_not_go_together_with_the_run_is_refused(
     server: Callable[[str], ServerConfig], agent: Callable[[str], AgentConfig]
 ) -> None:
@@ -162,7 +175,7 @@ def test_a_wrong_server_file_is_explained(server: Callable[[str], ServerConfig],
         ("[privacy]\nepsilon = 3\ndenoise = true", "[privacy] denoise needs noise_multiplier in place of epsilon"),
         ("[privacy]\neta = 1.0", '[privacy] eta and smashed = "metric" belong together; give both or neither'),
         ('[privacy]\nsmashed = "metric"', '[privacy] smashed = "metric" needs eta'),
-        ("[privacy]\nsample_rate = 0.1", '[privacy] sample_rate needs relation = "zero-out" and adapter = "dp-sgd"'),
+        ('[privacy]\nsample_rate = 0.1\nadapter = "none"', '[privacy] sample_rate needs adapter = "dp-sgd"'),
         ("[privacy]\nprotected_channels = ['loss']", "privacy.protected_channels[0] must be 'smashed'"),
         (
             "held_out_path = 'b.csv'\nheld_out_fraction = 0.1",

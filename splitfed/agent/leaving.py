@@ -5,12 +5,12 @@ from collections.abc import Callable
 from contextlib import closing
 
 from splitfed.agent.server_calls import ServerCalls
-from splitfed.errors import BudgetExhausted, NonFiniteLoss, ServerUnreachable, SplitFedError
+from splitfed.errors import ServerUnreachable, SplitFedError
 
 _log = logging.getLogger(__name__)
 
-_FOR_GOOD = (BudgetExhausted, NonFiniteLoss)
-"""What the same agent would meet again in the same run."""
+_FOR_GOOD = 3
+"""Exit status of what the same agent would meet again in the same run."""
 
 
 def leave(connect: Callable[[], ServerCalls], run_id: str, error: BaseException) -> None:
@@ -27,6 +27,6 @@ def leave(connect: Callable[[], ServerCalls], run_id: str, error: BaseException)
         return
     try:
         with closing(connect()) as calls:
-            calls.leave(run_id, for_good=isinstance(error, _FOR_GOOD))
+            calls.leave(run_id, for_good=getattr(error, "exit_code", 0) == _FOR_GOOD)
     except SplitFedError as failure:
         _log.info("the server did not hear that this agent stops (%s)", str(failure).rstrip("."))

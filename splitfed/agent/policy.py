@@ -38,31 +38,36 @@ def agree(policy: AgentPrivacySection, run: RunConfig) -> PrivacySection:
     except ValueError as error:
         raise ConfigError(f"[privacy] of this agent and of the run {run.run.name!r}: {_reason(error)}") from error
     _refuse_open_channels(policy, privacy, run)
-    refuse_weak_noise(policy, privacy, run.run.name)
+    refuse_weak_noise(policy, privacy, run)
     return privacy
 
 
-def refuse_weak_noise(policy: AgentPrivacySection, privacy: PrivacySection, run_id: str) -> None:
+def refuse_weak_noise(policy: AgentPrivacySection, privacy: PrivacySection, run: RunConfig) -> None:
     """Refuse noise below, and clips above, what the owner allows; figures that are not settled yet are left aside.
 
     Args:
         policy: The owner's section.
         privacy: What is to hold on this device.
-        run_id: The run, for the message.
+        run: What the server says about the run.
 
     Raises:
         JoinRefused: If the run is weaker than the owner's policy allows.
     """
-    least = policy.least_noise_multiplier
+    least, run_id = policy.least_noise_multiplier, run.run.name
     noises = {
         "noise_multiplier": privacy.noise_multiplier,
         "noise_multiplier_adapter": privacy.noise_multiplier_adapter,
     }
     for name, noise_multiplier in noises.items():
-        if least is not None and noise_multiplier is not None and noise_multiplier < least:
+        if least is None or noise_multiplier is None:
+            continue
+        of_sequence = noise_multiplier / (_rows_a_unit(privacy, run) ** 0.5 if name == "noise_multiplier" else 1)
+        if of_sequence < least:
+            per_token = f" ({of_sequence:.3g} for a sequence)" if of_sequence < noise_multiplier else ""
             raise JoinRefused(
-                f"The run {run_id!r} asks for {name} = {noise_multiplier:g}, but this device's owner insists on "
-                f"{least:g} at least (least_noise_multiplier); raise it in the run, or in this agent's [privacy]."
+                f"The run {run_id!r} asks for {name} = {noise_multiplier:g}{per_token}, but this device's owner "
+                f"insists on {least:g} at least (least_noise_multiplier); raise it in the run, or in this agent's "
+                "[privacy]."
             )
     limits = {
         "clipping_norm_smashed": policy.largest_clipping_norm_smashed,
@@ -97,6 +102,13 @@ def _refuse_open_channels(policy: AgentPrivacySection, privacy: PrivacySection, 
                 f"[privacy] epsilon_budget = {policy.epsilon_budget:g} cannot be kept: {word} would leave {how}; "
                 "protect that channel, or leave epsilon_budget out"
             )
+
+
+def _rows_a_unit(privacy: PrivacySection, run: RunConfig) -> float:
+    """Give the squared signal of a sequence ÷ that of a unit, where it is largest."""
+    tokens = run.training.max_tokens
+    smashed = tokens if privacy.smashed == "token" else 1
+    return max(smashed, tokens / 2 if privacy.output_gradient == "token" else 1)
 
 
 def _open_channels(privacy: PrivacySection) -> dict[ChannelName, str]:

@@ -92,7 +92,7 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
         seed=run.run.seed,
     )
     privacy = settle_noise(settle_clip(privacy, bottom), workload)
-    refuse_weak_noise(config.privacy, privacy, run.run.name)
+    refuse_weak_noise(config.privacy, privacy, run)
     ledger.set_policy(delta=privacy.delta, epsilon_budget=config.privacy.epsilon_budget, relation=privacy.relation)
     gate = open_gate(privacy, ledger, run.run.name, bottom=bottom, top=top, workload=workload)
     trainer = ClientTrainer(

@@ -21,9 +21,9 @@ class PrivacySection(Section):
     epsilon: Annotated[float, Field(gt=0)] | None = None
     """What the whole run may cost a record, over all channels; the noise is calibrated to it."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """The delta at which epsilon is stated."""
+    """The delta at which epsilon is stated; a device states its own, whatever the run says."""
     relation: Literal["replace-one", "zero-out"] = "replace-one"
-    """Against what change: a sequence becomes any other, or becomes nothing but noise."""
+    """Against what change: a sequence becomes any other, or nothing but noise; a device states its own."""
     smashed: Literal["sequence", "token", "metric"] = "sequence"
     """Unit that noise on smashed data protects; "token" and "metric" only with bottom_blocks = 0."""
     output_gradient: Literal["sequence", "token"] = "sequence"
@@ -71,10 +71,10 @@ class PrivacySection(Section):
                 "denoise needs noise_multiplier in place of epsilon: a server does not know the noise that each device "
                 "calibrates for itself"
             )
-        if self.sample_rate is not None and (self.relation != "zero-out" or self.adapter != "dp-sgd"):
+        if self.sample_rate is not None and (self.adapter != "dp-sgd" or self.smashed == "metric"):
             raise ValueError(
-                'sample_rate needs relation = "zero-out" and adapter = "dp-sgd": only then does a secret sample '
-                "lower epsilon; set both, or leave sample_rate out"
+                'sample_rate needs adapter = "dp-sgd" and a mechanism with an epsilon on every channel: only then '
+                "does a secret sample hide a record; set them, or leave sample_rate out"
             )
         return self
 
@@ -89,7 +89,7 @@ class AgentPrivacySection(PrivacySection):
     aggregation_weight: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Weight of this agent's adapter in the average; left out = 1 with noise on, the number of examples without."""
     least_noise_multiplier: Annotated[float, Field(gt=0)] | None = None
-    """Refuse a run with less noise than this on any channel; left out = any noise will do."""
+    """Refuse a run with less noise than this for a sequence, on any channel; left out = any noise will do."""
     largest_clipping_norm_smashed: ClippingNorm | None = None
     """Refuse a run that clips smashed data to more than this; left out = any clip will do."""
     largest_clipping_norm_output_gradient: ClippingNorm | None = None
@@ -121,6 +121,7 @@ class AgentPrivacySection(PrivacySection):
         """
         said = {name: getattr(self, name) for name in self.model_fields_set & PrivacySection.model_fields.keys()}
         asked = {name: getattr(run, name) for name in PrivacySection.model_fields}
+        asked |= {"delta": self.delta, "relation": self.relation}  # what a budget means is not the run's to say
         if {"noise_multiplier", "epsilon"} & said.keys():
             asked["noise_multiplier"] = asked["epsilon"] = None
         return PrivacySection.model_validate(asked | said)

@@ -152,7 +152,9 @@ def run_demo(directory: Path = DEFAULT_DIRECTORY) -> int:
         ),
         title="splitfed demo",
     )
-    console.print(f"privacy in total: {_last_line(directory / agents[0])['total']}", highlight=False)
+    worst = max(agents, key=lambda name: _spent(_last_line(directory / name)))
+    total = _last_line(directory / worst)["total"]
+    console.print(f"privacy in total, of {worst}, which has spent most: {total}", highlight=False)
     console.print(f"report: {directory / 'report.html'}\nadapter: {run / 'adapter'}", highlight=False)
     console.print(f"{time.monotonic() - started_s:.0f} s in all", highlight=False)
     if not (math.isfinite(after) and after < before):
@@ -248,6 +250,10 @@ def _print_table(console: Console, rows: list[_Row]) -> None:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _spent(line: Mapping[str, Any]) -> float:
+    return math.inf if line["epsilon_total"] is None else float(line["epsilon_total"])
 
 
 def _last_line(agent: Path) -> dict[str, Any]:

@@ -68,6 +68,8 @@ class Composition:
         sampled: ``(sample rate, squared signal of one step over all its channels, under replace-one)`` to the number of
             such steps.
         overflow: Probability, over all steps, that a sample did not fit its batch.
+        coupled: Squared signal of releases that depend on the unit through what was trained on it. They move from one
+            clipped value to another whatever becomes of the unit's own contribution, so zero-out does not halve them.
 
     Raises:
         ValueError: If a signal is negative or NaN, a probability outside 0 to 1, or a number of steps negative.
@@ -86,9 +88,10 @@ class Composition:
     signal: float = 0.0
     sampled: Mapping[tuple[float, float], int] = field(default_factory=dict)
     overflow: float = 0.0
+    coupled: float = 0.0
 
     def __post_init__(self) -> None:
-        for squared in (self.signal, *(squared for _, squared in self.sampled)):
+        for squared in (self.signal, self.coupled, *(squared for _, squared in self.sampled)):
             if not squared >= 0:
                 raise ValueError(f"A squared signal must be at least 0, not {squared}.")
         for probability in (self.overflow, *(rate for rate, _ in self.sampled)):
@@ -104,6 +107,7 @@ class Composition:
             self.signal + other.signal,
             Counter(self.sampled) + Counter(other.sampled),
             min(self.overflow + other.overflow, 1.0),
+            self.coupled + other.coupled,
         )
 
     def epsilon(self, delta: float, relation: str = REPLACE_ONE) -> float | None:
@@ -122,11 +126,12 @@ class Composition:
         if relation not in (REPLACE_ONE, ZERO_OUT):
             raise ValueError(f"There is no relation {relation!r}; choose {REPLACE_ONE!r} or {ZERO_OUT!r}.")
         steps_of = {(rate, squared): n for (rate, squared), n in self.sampled.items() if rate and squared and n}
-        total = sum((squared * n for (_, squared), n in steps_of.items()), self.signal)
+        fixed = self.signal + self.coupled * (1 if relation == REPLACE_ONE else 4)  # a quarter of it is stated below
+        total = sum((squared * n for (_, squared), n in steps_of.items()), fixed)
         if relation == REPLACE_ONE:
             return gaussian_epsilon(total, delta)
         unamplified = gaussian_epsilon(total / 4, delta)
-        certain = sum((squared * n for (rate, squared), n in steps_of.items() if rate == 1), self.signal)
+        certain = sum((squared * n for (rate, squared), n in steps_of.items() if rate == 1), fixed)
         sampled = {(rate, squared): n for (rate, squared), n in steps_of.items() if rate < 1}
         left = math.nextafter(delta - self.overflow, 0.0)
         largest = max([certain, *(squared for _, squared in sampled)])

@@ -48,11 +48,7 @@ class LedgerFile:
         except OSError as error:
             raise LedgerError(f"The ledger {path} cannot be opened: {error.strerror}.") from error
         try:
-            contents, self.salt = self._open()
-            if witnesses is not None:
-                self._witness = Witness(witnesses, _digest(self.salt))
-                self._witness.compare(path, len(contents.rows), contents.check)
-                self._witness.note(len(contents.rows), contents.check)
+            contents, self.salt = self._open(witnesses)
         except OSError as error:
             self.close()
             raise LedgerError(f"The ledger {path} cannot be read or mended: {error.strerror}.") from error
@@ -100,10 +96,13 @@ class LedgerFile:
         if self._witness is not None:
             self._witness.close()
 
-    def _open(self) -> tuple[LedgerContents, bytes]:
-        """Read the file, mend its end, and begin it where it is empty."""
+    def _open(self, witnesses: Path | None) -> tuple[LedgerContents, bytes]:
+        """Read the file, compare it with its witness, then mend its end; begin it where it is empty."""
         assert self._descriptor is not None
         contents = parse_ledger(_read(self._descriptor), self.path)
+        if witnesses is not None and contents.header is not None:
+            self._witness = Witness(witnesses, contents.header.salt_sha256)
+            self._witness.compare(self.path, len(contents.rows), contents.check)
         salt_path = self.path.with_suffix(".salt")
         if contents.torn_bytes:
             _log.warning("the ledger %s ends in an unfinished line, which charged nothing; it is cut off", self.path)
@@ -113,6 +112,9 @@ class LedgerFile:
             line, contents.check = encode_line(Header(salt_sha256=_digest(salt)), "")
             _write(self._descriptor, line)
             sync_directory(self.path.parent)
+            if witnesses is not None:
+                self._witness = Witness(witnesses, _digest(salt))
+                self._witness.compare(self.path, 0, contents.check)
             return contents, salt
         salt = load_salt(salt_path)
         if _digest(salt) != contents.header.salt_sha256:
@@ -121,6 +123,8 @@ class LedgerFile:
             )
         if not contents.ends_in_newline:
             _write(self._descriptor, b"\n")
+        if self._witness is not None:
+            self._witness.note(len(contents.rows), contents.check)
         return contents, salt
 
 

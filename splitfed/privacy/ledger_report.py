@@ -156,7 +156,7 @@ def _line(rows: list[Row], spending: Spending, delta: float, relation: str) -> R
     """Add rows to what is spent and describe them."""
     one = Spending()
     weakest = min(rows, key=lambda row: row.noise_multiplier)
-    one.add(weakest.model_copy(update={"sequences": 1, "records": weakest.records[:1] or ("",), "coupled": True}))
+    one.add(weakest.model_copy(update={"sequences": 1, "records": weakest.records[:1] or ("",)}))
     for row in rows:
         spending.add(row)
     channel = weakest.channel

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from splitfed.privacy.accounting import MAX_SQUARED_SIGNAL, Composition, squared_signal
+from splitfed.privacy.accounting import Composition, squared_signal
 from splitfed.privacy.figures import format_epsilon
 from splitfed.privacy.mechanisms import RELATION, UNIT, Unit
 
@@ -127,9 +127,10 @@ class _Account:
                     added[record] = added.get(record, 0.0) + signal
         heaviest = max((self.own.get(record, 0.0) + signal for record, signal in added.items()), default=0.0)
         return Composition(
-            max(self.heaviest, heaviest) + math.fsum(signal * count for signal, count in shared.items()),
+            max(self.heaviest, heaviest),
             sampled,
             min(overflow, 1.0),
+            math.fsum(signal * count for signal, count in shared.items()),
         )
 
 
@@ -225,7 +226,8 @@ class Spending:
     def eta(self, channel: Channel) -> float | None:
         """Give the metric guarantee of a channel, eta summed over releases of the worst record; None without one."""
         account = self._eta[channel]
-        return account.after(()).signal or None
+        spent = account.after(())
+        return spent.signal + spent.coupled or None
 
     def units(self, channel: Channel) -> set[Unit]:
         """Say which units the mechanisms of a channel protected."""
@@ -233,7 +235,7 @@ class Spending:
 
     def unprotected(self) -> tuple[Channel, ...]:
         """Name the channels that have released something with no epsilon."""
-        return tuple(channel for channel in CHANNELS if self._sequences[channel].after(()).signal > MAX_SQUARED_SIGNAL)
+        return tuple(channel for channel in CHANNELS if self._sequences[channel].after(()).epsilon(0.5) is None)
 
     def total_statement(self, delta: float, *, relation: str = RELATION) -> str:
         """Say what is guaranteed over all channels together.

@@ -222,8 +222,8 @@ def _sampling(privacy: PrivacySection, workload: Workload | None) -> StepSamplin
     if overflow * workload.steps >= privacy.delta:
         raise ConfigError(
             f"[privacy] sample_rate = {privacy.sample_rate:g} draws more than batch_size = {capacity} of {examples} "
-            f"examples in one of {workload.steps} steps with probability {overflow * workload.steps:.2g}, which "
-            f"delta = {privacy.delta:g} does not cover; raise batch_size, or lower sample_rate"
+            f"examples in one of {workload.steps} steps with probability {min(1.0, overflow * workload.steps):.2g}, "
+            f"which delta = {privacy.delta:g} does not cover; raise batch_size, or lower sample_rate"
         )
     return StepSampling(privacy.sample_rate, overflow)
 
@@ -250,7 +250,7 @@ def _calibrated(privacy: PrivacySection, epsilon: float, workload: Workload) -> 
             overflow=min(1.0, workload.steps * sampling.overflow),
         )
     shared, fixed = _releases(privacy, workload)
-    room = gaussian_signal(epsilon, privacy.delta) * (4 if privacy.relation == "zero-out" else 1) - fixed
+    room = gaussian_signal(epsilon, privacy.delta) - fixed
     if room <= 0:
         raise ConfigError(
             f"[privacy] epsilon = {epsilon:g} is spent by the adapter update alone at noise_multiplier_adapter = "
@@ -260,7 +260,7 @@ def _calibrated(privacy: PrivacySection, epsilon: float, workload: Workload) -> 
 
 
 def _releases(privacy: PrivacySection, workload: Workload) -> tuple[float, float]:
-    """Count the releases that fall on the record that is worst off.
+    """Count the releases that fall on the record that is worst off; under zero-out its own count a quarter.
 
     Returns:
         Those with the shared noise multiplier, counted; and Σ 1/z² of those with a noise multiplier of their own.
@@ -287,7 +287,8 @@ def _releases(privacy: PrivacySection, workload: Workload) -> tuple[float, float
         adapter = float(squares) if trains and is_dp_sgd else 0.0
         most = max(most, uses * own_units + (adapter if own is None else 0.0))
         most_fixed = max(most_fixed, 0.0 if own is None else adapter)
-    return common + most, 0.0 if own is None else (fixed + most_fixed) / own**2
+    part = 0.25 if privacy.relation == "zero-out" else 1.0
+    return common + part * most, 0.0 if own is None else (fixed + part * most_fixed) / own**2
 
 
 def _rounded_up(value: float) -> float:

@@ -117,7 +117,15 @@ def test_a_budget_over_a_channel_that_is_open_is_refused() -> None:
         agree(policy, run(noise_multiplier=0.0))
 
 
+def test_the_least_noise_is_a_sequence_s_whatever_unit_the_run_chooses() -> None:
+    """128 rows of a token each have 128 times its squared signal: √128 times less noise for the sequence."""
+    policy = AgentPrivacySection(least_noise_multiplier=1.0)
+    agree(policy, run(bottom_blocks=0, smashed="token", noise_multiplier=12.0))
+    with pytest.raises(JoinRefused, match=r"noise_multiplier = 1 \(0\.0884 for a sequence\), .* insists on 1 "):
+        agree(policy, run(bottom_blocks=0, smashed="token", noise_multiplier=1.0))
+
+
 def test_noise_that_was_calibrated_is_held_against_the_policy_too() -> None:
     settled = PrivacySection(noise_multiplier=0.05)
     with pytest.raises(JoinRefused, match=r"insists on 0\.1"):
-        refuse_weak_noise(AgentPrivacySection(least_noise_multiplier=0.1), settled, "wards")
+        refuse_weak_noise(AgentPrivacySection(least_noise_multiplier=0.1), settled, run())

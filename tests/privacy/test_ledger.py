@@ -313,9 +313,9 @@ def test_the_budget_is_meant_under_the_policy_s_relation(path, relation):
     with Ledger(path) as ledger:
         ledger.set_policy(delta=DELTA, epsilon_budget=epsilon([(2.0, 1)], DELTA) * (1 + 1e-6), relation=relation)
         for _ in range(fit):
-            charge(ledger, ["a"])
+            charge(ledger, ["a"], coupled=False)
         with pytest.raises(BudgetExhausted):
-            charge(ledger, ["a"])
+            charge(ledger, ["a"], coupled=False)
 
 
 @pytest.mark.parametrize("channel", ["smashed", "adapter", "loss"])

@@ -101,7 +101,7 @@ def test_an_empty_ledger_is_reported(tmp_path):
 def test_units_metric_privacy_and_secret_samples_are_told_apart(tmp_path):
     fields = {"run": "r", "round": 1, "step": 0, "sequences": 1}
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
-        ledger.charge("smashed", noise_multiplier=2.0, unit="token", units=16.0, records=["a"], **fields)
+        ledger.charge("smashed", noise_multiplier=2.0, unit="token", units=16.0, records=["a"], coupled=False, **fields)
         ledger.charge("output_gradient", noise_multiplier=0.0, eta=1.5, unit="token", records=["a"], **fields)
         step = {"sample_rate": 0.01, "channels": {"smashed": 4.0, "adapter": 4.0}, "coupled": False}
         ledger.charge("step", noise_multiplier=8**0.5, records=[], **step, **fields)

@@ -117,8 +117,18 @@ def test_one_release_without_noise_leaves_nothing_guaranteed_for_good(coupled):
 
 def test_a_sequence_becomes_nothing_more_cheaply_than_any_other():
     """Its clipped contribution moves half as far, so its squared signal is a quarter."""
-    spending = spending_of([charge(z=1.0)])
+    spending = spending_of([charge(z=1.0, coupled=False)])
     assert spending.epsilon(None, 1e-5, relation="zero-out") == pytest.approx(epsilon([(2.0, 1)], 1e-5), rel=1e-9)
+
+
+def test_what_a_record_changes_through_trained_adapters_moves_as_far_under_either_relation():
+    """Zeroing a record moves another's release, or an update, from one clipped value to another."""
+    spending = spending_of([charge(z=1.0), charge((), z=2.0, channel="adapter", unit="client", sequences=1)])
+    both = epsilon([(1.0, 1), (2.0, 1)], 1e-5)
+    assert spending.epsilon(None, 1e-5, relation="zero-out") == pytest.approx(both, rel=1e-9)
+    spending.add(charge(z=1.0, coupled=False))
+    mixed = epsilon([(1.0, 1), (2.0, 1), (2.0, 1)], 1e-5)
+    assert spending.epsilon(None, 1e-5, relation="zero-out") == pytest.approx(mixed, rel=1e-9)
 
 
 # Units
@@ -206,7 +216,7 @@ def test_the_total_names_what_is_not_protected(unprotected, statement):
 
 
 def test_the_total_of_protected_channels_states_delta_unit_and_relation():
-    statement = spending_of([charge(z=1.0)]).total_statement(1e-6, relation="zero-out")
+    statement = spending_of([charge(z=1.0, coupled=False)]).total_statement(1e-6, relation="zero-out")
     figure = format_epsilon(epsilon([(2.0, 1)], 1e-6))
     assert statement == f"epsilon {figure} at delta 1e-06, unit sequence, relation zero-out"
 

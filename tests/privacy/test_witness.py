@@ -48,6 +48,16 @@ def test_an_older_copy_is_refused_until_its_owner_removes_the_witness(path, witn
     spend(path, witnesses)
 
 
+def test_a_file_that_lost_its_end_is_refused_as_it_is(path, witnesses):
+    """A crash leaves the beginning of a line that was never noted; this one was."""
+    spend(path, witnesses, 2)
+    torn = path.read_bytes()[:-10]
+    path.write_bytes(torn)
+    with pytest.raises(LedgerError, match="has 1 rows, but this device has written 2"):
+        spend(path, witnesses)
+    assert path.read_bytes() == torn
+
+
 def test_an_older_copy_that_was_written_to_elsewhere_is_refused_too(path, witnesses, tmp_path):
     spend(path, witnesses, 2)
     shutil.copytree(path.parent, tmp_path / "clone")

@@ -30,7 +30,6 @@ from tests.service.local import agent_config, run_agent_here, serving, start_age
 DELTA = 1e-5
 FAR_BEYOND_THE_TEST_S = 300.0
 """Whoever waits for an agent's timeout fails the test."""
-CHANNELS_OF_A_RECORD = 3
 """What a record is charged for in each use: smashed data, output gradient, gradient of the agent's adapters."""
 
 
@@ -84,8 +83,9 @@ def test_the_others_finish_at_once_without_an_agent_whose_budget_ends(
 
     monkeypatch.setattr(Coordinator, "submit", note)
     config = small_run(tmp_path, 3)
-    uses_of_a_record = config.training.local_steps * config.training.batch_size  # in a round: it is the only one
-    policy = budget(1.5 * CHANNELS_OF_A_RECORD * uses_of_a_record)
+    steps, batch = config.training.local_steps, config.training.batch_size
+    releases_of_a_round = steps * (2 * batch + batch**2)  # of the only record: its rows, and its sum of gradients
+    policy = budget(1.5 * releases_of_a_round)
     files = {name: write_texts(tmp_path / f"{name}.jsonl", name, rows) for name, rows in (("a", 6), ("b", 8), ("c", 1))}
     with caplog.at_level("INFO", "splitfed"), serving(config) as server:
         steady = [start_agent(agent_config(tmp_path, name, server.address, files[name])) for name in "ab"]

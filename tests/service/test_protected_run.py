@@ -55,8 +55,8 @@ def test_an_update_is_protected_as_a_whole_and_all_else_counts_for_every_record(
 
 
 def test_a_secret_sample_is_charged_as_one_release_a_step(tmp_path: Path) -> None:
-    asked = asking_for(tmp_path, noise_multiplier=2.0, relation="zero-out", sample_rate=0.01)
-    lines = take_part(tmp_path, asked)
+    asked = asking_for(tmp_path, noise_multiplier=2.0, sample_rate=0.01)
+    lines = take_part(tmp_path, asked, relation="zero-out")
     rows = read_ledger(tmp_path / "a" / "ledger.jsonl").rows
     assert [(row.channel, row.records) for row in rows] == [("step", ())] * ROUNDS * STEPS
     composed = Composition(0.0, {(0.01, 3 / 2.0**2): ROUNDS * STEPS}, sum(row.overflow for row in rows))

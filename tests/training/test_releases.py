@@ -301,9 +301,7 @@ def test_evaluation_costs_as_much_as_training(ledger: Ledger) -> None:
     [((0.5, 1e3), "forward"), ((1e3, 0.5), "backward")],
     ids=["smashed", "output gradient"],
 )
-def test_nothing_leaves_once_the_budget_is_spent(
-    ledger: Ledger, multipliers: tuple[float, float], spent: str
-) -> None:
+def test_nothing_leaves_once_the_budget_is_spent(ledger: Ledger, multipliers: tuple[float, float], spent: str) -> None:
     """The budget pays for 6 sequences with noise multiplier 0.5, the other channel costs next to nothing."""
     budget = epsilon([(0.5, 6)], DELTA)
     assert budget is not None
