@@ -19,10 +19,10 @@ def witnesses(tmp_path):
     return tmp_path / "elsewhere"
 
 
-def spend(path, witnesses, releases=1):
+def spend(path, witnesses, releases=1, *, run="r"):
     with Ledger(path, witnesses=witnesses) as ledger:
         for step in range(releases):
-            fields = {"records": ["a"], "sequences": 1, "run": "r", "round": 1, "step": step}
+            fields = {"records": ["a"], "sequences": 1, "run": run, "round": 1, "step": step}
             ledger.charge("smashed", noise_multiplier=1.0, **fields)
 
 
@@ -62,7 +62,7 @@ def test_an_older_copy_that_was_written_to_elsewhere_is_refused_too(path, witnes
     spend(path, witnesses, 2)
     shutil.copytree(path.parent, tmp_path / "clone")
     spend(path, witnesses, 1)
-    spend(tmp_path / "clone" / "ledger.jsonl", None, 1)
+    spend(tmp_path / "clone" / "ledger.jsonl", None, 1, run="another")
     with pytest.raises(LedgerError, match="older copy"):
         spend(tmp_path / "clone" / "ledger.jsonl", witnesses)
 

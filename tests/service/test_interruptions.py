@@ -138,11 +138,15 @@ def test_a_resend_is_the_same_release_and_is_charged_once(tmp_path: Path) -> Non
     assert proxy.cuts_left == 0
     training = config.training
     sequences = training.rounds * training.local_steps * training.batch_size
-    assert released(folder / "a" / "ledger.jsonl") == {
+    counts = released(folder / "a" / "ledger.jsonl")
+    assert {channel: counts[channel] for channel in ("smashed", "output_gradient")} == {
         "smashed": sequences,
         "output_gradient": sequences,
-        "adapter": sequences,
     }
+    steps = [
+        (row.round, row.step) for row in read_ledger(folder / "a" / "ledger.jsonl").rows if row.channel == "adapter"
+    ]
+    assert steps == [(r, s) for r in range(1, training.rounds + 1) for s in range(training.local_steps)]
 
 
 def test_a_loss_that_is_shared_reaches_the_server_and_the_ledger(tmp_path: Path) -> None:
