@@ -1,6 +1,7 @@
 """The command line: what a person at a terminal sees."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,7 +194,9 @@ def test_an_audit_shows_what_noise_takes_from_a_server(
         cli.main([*audited, "--examples", "2", "--output", str(tmp_path / "out")])
     assert ended.value.code == 0
     said = capsys.readouterr()
-    assert said.err == ""
+    stages = said.err.splitlines()  # a line each where there is no terminal
+    assert len(stages) == len(set(stages)) > 3
+    assert all(re.match(r" *\d+%  \w", stage) for stage in stages)
     assert "lower bound on what leaks, never a guarantee" in said.out.splitlines()[-1]
     written = json.loads((tmp_path / "out" / "audit.json").read_text())
     rates = {(row["target"], row["attack"], row["protection"]): row["rate"] for row in written["rows"]}

@@ -80,12 +80,28 @@ def run_audit(
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """Show on stderr, where that is a terminal, what is being done and how long it will take."""
+    """Show on stderr what is being done: with the time left at a terminal, else a line when something new begins."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("loading", total=1.0)
         yield lambda what, part: progress.update(task, description=what, completed=part)
+
+
+class _Lines:
+    """Says what is being done, once, as soon as something is done: till then it may turn out that nothing can be."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said = ""
+
+    def __call__(self, what: str, part: float) -> None:
+        if part > 0 and what != self._said:
+            self._said = what
+            self._console.print(f"{part:4.0%}  {what}", highlight=False, markup=False)
 
 
 def _for_the_command_line(sentence: str) -> str:
