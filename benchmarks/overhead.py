@@ -1,8 +1,9 @@
-"""What the split costs: a step over gRPC ÷ the same LoRA step in one process with stock transformers + PEFT.
+"""What the split and its privacy cost: a step over gRPC ÷ the same LoRA step with stock transformers + PEFT.
 
 GPT-2-small shape, random weights, batch 8 × 128 tokens, LoRA rank 8 on all linear layers, float32, one agent and a
-server on loopback. The stock side is a script as a user would write it. Both sides run in turn, several times, and the
-ratio of medians is printed, with the bytes on the wire per token and direction.
+server on loopback, with the default mechanisms (noise on both tensors, DP-SGD) and without any. The stock side is a
+script as a user would write it. The three run in turn, every second time the other way round, and ratios of medians
+are printed, with the bytes on the wire per token and direction.
 """
 
 import argparse
@@ -103,43 +104,47 @@ def crossing_bytes(lines: list[dict[str, Any]], direction: str) -> int:
 
 
 def main() -> None:
-    """Run both sides in turn and print the ratio."""
+    """Run the sides in turn and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5, help="local steps per round, and stock steps per turn")
     parser.add_argument("--turns", type=int, default=3, help="how often each side runs")
     parser.add_argument("--micro-batch-size", type=int, default=BATCH)
-    parser.add_argument("--noise-multiplier", type=float, default=None, help="the agent's; its default if left out")
     options = parser.parse_args()
     settings: dict[str, dict[str, Any]] = {"training": {"micro_batch_size": options.micro_batch_size}}
-    if options.noise_multiplier is not None:
-        settings["privacy"] = {"noise_multiplier": options.noise_multiplier}
+    bare = settings | {"privacy": {"noise_multiplier": 0.0}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = write_model(folder / "base", gpt2_small(), torch.float32)
         data = write_words(folder / "data.jsonl", rows=64, tokens=TOKENS - 1, vocabulary=50257)  # and an end
-        stock: list[float] = []
-        split: list[float] = []
-        ratios: list[float] = []
+        times: dict[str, list[float]] = {"stock": [], "split": [], "split_without_mechanisms": []}
         for turn in range(options.turns):
-            stock_s = stock_steps(base, data, options.steps)
-            split_s, lines = split_steps(folder / f"turn-{turn}", base, data, options.steps, settings)
-            stock += stock_s
-            split += split_s
-            stock_step_s, split_step_s = statistics.median(stock_s), statistics.median(split_s)
-            ratios.append(split_step_s / stock_step_s)
-            print(f"turn {turn + 1}: stock {stock_step_s:.2f} s, split {split_step_s:.2f} s a step")
+            for side in sorted(times, reverse=turn % 2 == 1):
+                if side == "stock":
+                    steps_s = stock_steps(base, data, options.steps)
+                elif side == "split":
+                    steps_s, lines = split_steps(folder / f"turn-{turn}", base, data, options.steps, settings)
+                else:
+                    steps_s, _ = split_steps(folder / f"bare-{turn}", base, data, options.steps, bare)
+                times[side].append(statistics.median(steps_s))
+            medians = ", ".join(f"{side} {spent[-1]:.2f} s" for side, spent in times.items())
+            print(f"turn {turn + 1}: {medians}", flush=True)
         crossed = sum(line["tokens"] for line in lines) * HIDDEN * 2  # two tensors each way
         result = {
             "machine": machine(),
-            "stock_step_s": round(statistics.median(stock), 3),
-            "split_step_s": round(statistics.median(split), 3),
-            "split_over_stock": round(statistics.median(ratios), 3),
-            "split_over_stock_range": [round(min(ratios), 3), round(max(ratios), 3)],
+            "step_s": {side: round(statistics.median(spent), 3) for side, spent in times.items()},
+            "split_over_stock": ratio(times["split"], times["stock"]),
+            "mechanisms": ratio(times["split"], times["split_without_mechanisms"]),
             "up_bytes_per_token_over_hidden": round(crossing_bytes(lines, "up") / crossed, 3),
             "down_bytes_per_token_over_hidden": round(crossing_bytes(lines, "down") / crossed, 3),
             "adapter_bytes_a_round": lines[-1]["adapter_bytes_up"],
         }
         print(json.dumps(result, indent=1))
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Divide turn by turn: the median ratio, the least and the largest."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return {"median": round(statistics.median(ratios), 3), "from": round(min(ratios), 3), "to": round(max(ratios), 3)}
 
 
 if __name__ == "__main__":

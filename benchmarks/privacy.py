@@ -24,9 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from splitfed.config import CodecSection, DataSection, LoraSection, PrivacySection, TrainingSection
 from splitfed.models import Partition, partition
 from splitfed.privacy import Ledger, clip, epsilon
-from splitfed.privacy.leakage import AttackResult
-from splitfed.privacy.leakage.tokens import attack_tokens
-from splitfed.privacy.leakage.tokens_knowledge import Texts, TokenKnowledge, gaussian_log_density
+from splitfed.privacy.leakage import AttackResult, Texts, TokenKnowledge, attack_tokens, gaussian_log_density
 from splitfed.privacy.mechanisms import GaussianMechanism
 from splitfed.training.client_step import causal_lm_loss, count_label_tokens
 from splitfed.training.data import Example, collate, load_examples

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitfed.agent.policy import refuse_weak_noise
-from splitfed.agent.tokenizer import open_tokenizer
 from splitfed.config import AgentConfig, PrivacySection, RunConfig
 from splitfed.models import TensorIdentity, adapter_parameters, canonical_config, segment_tensor_names, tensor_hashes
 from splitfed.privacy import Ledger
@@ -15,6 +14,7 @@ from splitfed.training.data import ExampleSet, load_examples
 from splitfed.training.protection import Workload, open_gate, settle_clip, settle_noise
 from splitfed.training.releases import LedgeredReleases
 from splitfed.training.setup import open_bottom_and_top
+from splitfed.training.tokenizer import open_tokenizer
 
 _log = logging.getLogger(__name__)
 

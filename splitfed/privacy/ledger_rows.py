@@ -92,9 +92,10 @@ def parse_ledger(content: bytes, path: Path) -> LedgerContents:
             if _is_unfinished(line):
                 contents.torn_bytes = len(line)
                 break
+            or_no_ledger = ", or the file is no privacy ledger" if number == 1 else ""
             raise LedgerError(
-                f"Line {number} of the ledger {path} is damaged, so what was spent is not known; restore the file from "
-                "a backup, or move it and its salt away and accept that what was spent is forgotten."
+                f"Line {number} of the ledger {path} is damaged{or_no_ledger}, so what was spent is not known; restore "
+                "the file from a backup, or move it and its salt away and accept that what was spent is forgotten."
             ) from error
     return contents
 

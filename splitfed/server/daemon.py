@@ -83,7 +83,7 @@ class Daemon:
         """Serve until the run is over, or until it is asked to stop: then work in progress ends first.
 
         Returns:
-            The exit status: 1 if every agent left the run for good before it was over, otherwise 0.
+            The exit status: 3 if every agent left the run for good before it was over, otherwise 0.
 
         Raises:
             AddressInUse: If an address cannot be listened on.

@@ -14,7 +14,7 @@ from typing import Final
 
 from splitfed.config import DataSection, ServerConfig
 from splitfed.errors import ConfigError
-from splitfed.privacy.leakage.estimate import AttackResult
+from splitfed.privacy.leakage import AttackResult
 from splitfed.study.audit_attacks import gradient_results, token_results
 from splitfed.study.audit_membership import FALSE_ALARMS, MembershipGames, update_guarantee, why_no_membership
 from splitfed.study.audit_plot import draw

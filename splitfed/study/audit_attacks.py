@@ -9,14 +9,19 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from splitfed.privacy.leakage.estimate import AttackResult
-from splitfed.privacy.leakage.label_matching import match_labels
-from splitfed.privacy.leakage.label_probe import LabelProbe
-from splitfed.privacy.leakage.labels import LabelGuess, label_result, log_frequencies, recover_labels
-from splitfed.privacy.leakage.mask import MaskAttack
-from splitfed.privacy.leakage.tokens import Embedding, attack_tokens
-from splitfed.privacy.leakage.tokens_knowledge import Texts as TokenTexts
-from splitfed.privacy.leakage.tokens_knowledge import TokenKnowledge
+from splitfed.privacy.leakage import (
+    AttackResult,
+    Embedding,
+    LabelGuess,
+    LabelProbe,
+    MaskAttack,
+    TokenKnowledge,
+    attack_tokens,
+    label_result,
+    log_frequencies,
+    match_labels,
+    recover_labels,
+)
 from splitfed.study.audit_setting import AuditSetting
 from splitfed.study.audit_view import Protection, View, log_density, sending, without_noise
 
@@ -47,7 +52,7 @@ def token_results(
         bottom=bottom,
         release=mechanism.release,
         clip=without_noise(mechanism),
-        public=TokenTexts(public.texts.input_ids_BT, public.texts.lengths_B),
+        public=public.texts,
         vocabulary=int(setting.model.config.vocab_size),
         log_density=log_density(mechanism, setting.max_tokens),
         is_row_by_row=setting.config.model.bottom_blocks == 0 and getattr(mechanism, "per", "token") == "token",
@@ -61,11 +66,10 @@ def token_results(
     def tell(name: str, part: float) -> None:
         on_progress(min(1.0, (len(done) + part) / _TOKEN_ATTACKS))
 
-    texts = TokenTexts(private.texts.input_ids_BT, private.texts.lengths_B)
     for result in attack_tokens(
         knowledge,
         private.smashed_BTD,
-        texts,
+        private.texts,
         embedding=embedding,
         seed=setting.config.run.seed,
         max_steps=min(_MOST_STEPS, _STEPS_PER_TEXT * len(public.smashed_BTD)),

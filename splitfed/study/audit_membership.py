@@ -19,8 +19,14 @@ from torch import Tensor
 
 from splitfed.models import Partition, adapter_parameters, add_adapter, initial_adapter, load_adapter_state
 from splitfed.privacy import Ledger
-from splitfed.privacy.leakage.estimate import AttackResult
-from splitfed.privacy.leakage.membership import alignment_scores, best_threshold, found_at, membership_result, stand_out
+from splitfed.privacy.leakage import (
+    AttackResult,
+    alignment_scores,
+    best_threshold,
+    found_at,
+    membership_result,
+    stand_out,
+)
 from splitfed.study.audit_setting import AuditSetting
 from splitfed.study.audit_view import NOTHING, Guarantee, gaussian_guarantee
 from splitfed.training.client_step import causal_lm_loss

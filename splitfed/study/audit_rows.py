@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from splitfed.privacy.leakage.estimate import AttackResult
+from splitfed.privacy.leakage import AttackResult
 
 LOWER_BOUND: Final = (
     "An attack's success is a lower bound on what leaks, never a guarantee: a stronger attack may recover more. "

@@ -11,16 +11,18 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from splitfed.config import DataSection, PrivacySection, ServerConfig
 from splitfed.errors import ConfigError, DataError, WeightsError
 from splitfed.models import Partition, adapter_shapes, load_shell, partition, resolve_base
+from splitfed.privacy.leakage import Texts
 from splitfed.training.data import Example, ExampleSet, collate, load_examples
 from splitfed.training.objective import IGNORED_LABEL
 from splitfed.training.protection import Workload, settle_clip, settle_noise
 from splitfed.training.setup import lora_settings
+from splitfed.training.tokenizer import open_tokenizer
 
 LEAST_PUBLIC: Final = 8
 LEAST_PRIVATE: Final = 2
@@ -31,19 +33,13 @@ _PRIVATE_FOR_MEMBERSHIP: Final = 4
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Examples padded to the run's T, with what each row of the output gradient is to predict.
-
-    Shapes: B sequences, T tokens.
+class LabelledTexts(Texts):
+    """Texts with what each row of the output gradient is to predict.
 
     Attributes:
-        input_ids_BT: Token ids.
-        lengths_B: Tokens of each sequence that are not padding.
-        targets_BT: The token that the logits of each row are compared with; -100 where there is no loss.
+        targets_BT: The token that the logits of each row are compared with, shape [B, T]; -100 where there is no loss.
     """
 
-    input_ids_BT: Tensor
-    lengths_B: Tensor
     targets_BT: Tensor
 
     @property
@@ -98,13 +94,13 @@ class AuditSetting:
             top_blocks=model.top_blocks if top_blocks is None else top_blocks,
         )
 
-    def texts(self, examples: Sequence[Example]) -> Texts:
+    def texts(self, examples: Sequence[Example]) -> LabelledTexts:
         """Pad examples to the run's T."""
         batch = collate(examples, pad_token_id=self.pad_token_id, length=self.max_tokens)
         targets_BT = torch.full_like(batch.labels_BT, IGNORED_LABEL)
         targets_BT[:, :-1] = batch.labels_BT[:, 1:]
         lengths_B = torch.tensor([len(example.input_ids) for example in examples])
-        return Texts(batch.input_ids_BT, lengths_B, targets_BT)
+        return LabelledTexts(batch.input_ids_BT, lengths_B, targets_BT)
 
 
 def open_setting(config: ServerConfig, *, public: DataSection, private: DataSection, examples: int) -> AuditSetting:
@@ -124,7 +120,7 @@ def open_setting(config: ServerConfig, *, public: DataSection, private: DataSect
         ConfigError: If the run's adapter or privacy settings do not go together.
     """
     folder = resolve_base(config.model.base, config.model.revision)
-    model, tokenizer = _open_model(folder), _open_tokenizer(folder)
+    model, tokenizer = _open_model(folder), open_tokenizer(folder)
     cut = config.model
     parts = partition(model, bottom_blocks=cut.bottom_blocks, top_blocks=cut.top_blocks)
     lora = lora_settings(config.lora)
@@ -204,19 +200,6 @@ def _open_model(folder: Path) -> PreTrainedModel:
         raise WeightsError(f"The checkpoint in {folder} has nothing for {missing[0]!r}; fetch it again.")
     whole: PreTrainedModel = model.eval().requires_grad_(False)
     return whole
-
-
-def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise WeightsError(
-            f"The tokenizer in {folder} cannot be used ({reason}); give a base model with a tokenizer."
-        ) from error
-    return tokenizer
 
 
 @contextmanager

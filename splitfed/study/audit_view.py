@@ -20,9 +20,8 @@ from splitfed.privacy import (
     clip,
     format_epsilon,
 )
-from splitfed.privacy.leakage.labels import Sending
-from splitfed.privacy.leakage.tokens_knowledge import gaussian_log_density, metric_log_density
-from splitfed.study.audit_setting import AuditSetting, Texts
+from splitfed.privacy.leakage import Sending, gaussian_log_density, metric_log_density
+from splitfed.study.audit_setting import AuditSetting, LabelledTexts
 from splitfed.training.client_step import causal_lm_loss
 from splitfed.training.data import Example
 from splitfed.training.link import cross, link_codecs
@@ -103,7 +102,7 @@ class View:
         gradient_BTD: Output gradient of each sequence's own loss ÷ T, as the server decodes it.
     """
 
-    texts: Texts
+    texts: LabelledTexts
     smashed_BTD: Tensor
     hidden_BTD: Tensor
     gradient_BTD: Tensor
@@ -111,7 +110,7 @@ class View:
     def first(self, sequences: int) -> "View":
         """Leave out all but the first sequences."""
         few = slice(sequences)
-        texts = Texts(self.texts.input_ids_BT[few], self.texts.lengths_B[few], self.texts.targets_BT[few])
+        texts = LabelledTexts(self.texts.input_ids_BT[few], self.texts.lengths_B[few], self.texts.targets_BT[few])
         return View(texts, self.smashed_BTD[few], self.hidden_BTD[few], self.gradient_BTD[few])
 
 

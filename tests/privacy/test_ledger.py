@@ -196,7 +196,7 @@ def test_damage_before_the_last_line_is_refused_and_nothing_is_changed(path):
 def test_a_file_that_is_no_ledger_is_refused(path):
     path.parent.mkdir()
     path.write_text('{"text": "a row of somebody\'s data set"}\n')
-    with pytest.raises(LedgerError, match="Line 1"):
+    with pytest.raises(LedgerError, match=r"Line 1 .* or the file is no privacy ledger"):
         Ledger(path)
 
 

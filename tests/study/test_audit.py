@@ -6,7 +6,7 @@ import pytest
 
 from splitfed.config import load_server_config
 from splitfed.errors import ConfigError
-from splitfed.privacy.leakage.estimate import AttackResult
+from splitfed.privacy.leakage import AttackResult
 from splitfed.study.audit import Audit, AuditRow, AuditTerms, audit, check_folder, write_audit
 from tests.study.audited_run import write_config, write_rows
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from splitfed.privacy.leakage.estimate import AttackResult
+from splitfed.privacy.leakage import AttackResult
 from splitfed.study.audit_plot import draw
 from splitfed.study.audit_rows import LOWER_BOUND, Audit, AuditRow, AuditTerms, strongest
 

@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import splitfed
-from splitfed.agent.tokenizer import open_tokenizer
 from splitfed.errors import WeightsError
+from splitfed.training.tokenizer import open_tokenizer
 
 
 @pytest.fixture
