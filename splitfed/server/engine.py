@@ -111,7 +111,7 @@ class LocalEngine:
 
     async def apply(self, slot: str, step: int) -> int:
         """Apply a local step's gradients."""
-        return await self._do(lambda: self._trainer.step(slot, step))
+        return await self._do(lambda: self._trainer.step(slot, step).version)
 
     async def snapshot(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copy a slot's trunk adapter and optimiser state."""

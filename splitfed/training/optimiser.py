@@ -1,5 +1,6 @@
 """AdamW under one schedule that covers the whole run, with a state that is nothing but named tensors."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -25,24 +26,56 @@ class StepOptimiser:
         self._parameters = dict(parameters)
         self._learning_rate = training.learning_rate
         self._multiplier = _schedule(training)
+        self._max_grad_norm = training.max_grad_norm
+        self._proximal = training.proximal
+        self._start: dict[str, Tensor] = {}
         self._adamw = (
             torch.optim.AdamW(self._parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
             if self._parameters
             else None
         )
 
-    def step(self, step_in_run: int) -> None:
+    def step(self, step_in_run: int, *, rate: float = 1.0, squared_norm: float | None = None) -> None:
         """Apply the gradients at the schedule's rate for this step, then clear them.
 
         Args:
             step_in_run: Local steps before this one in all rounds, from 0.
+            rate: The learning rate is multiplied by this.
+            squared_norm: Squared norm that ``max_grad_norm`` bounds, where other segments count too; left out = that of
+                these gradients.
         """
         if self._adamw is None:
             return
+        if self._max_grad_norm is not None:
+            total_norm = math.sqrt(self.squared_norm() if squared_norm is None else squared_norm)
+            nn.utils.clip_grads_with_norm_(
+                self._parameters.values(), self._max_grad_norm, torch.tensor(total_norm), foreach=False
+            )
         for group in self._adamw.param_groups:
-            group["lr"] = self._learning_rate * self._multiplier(step_in_run)
+            group["lr"] = self._learning_rate * self._multiplier(step_in_run) * rate
         self._adamw.step()
         self._adamw.zero_grad()
+
+    def squared_norm(self) -> float:
+        """Give the squared L2 norm of all gradients that were gathered."""
+        found = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        return sum(gradient.double().square().sum().item() for gradient in found)
+
+    def hold_to(self, start: Mapping[str, Tensor]) -> None:
+        """Note what a round starts from, by whole-model name, for the proximal term."""
+        if self._proximal:
+            self._start = {name: start[name].detach().clone() for name in self._parameters}
+
+    def pull_to_start(self) -> None:
+        """Add the gradient of the proximal term, proximal / 2 · ‖w - start‖², to those that were gathered.
+
+        Source: Li et al., Federated Optimization in Heterogeneous Networks (2020), equation 2.
+        """
+        for name, start in self._start.items():
+            parameter = self._parameters[name]
+            if parameter.requires_grad:
+                pull = self._proximal * (parameter.detach() - start.to(parameter))
+                parameter.grad = pull if parameter.grad is None else parameter.grad + pull
 
     def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Put these in place of what autograd has gathered.
@@ -51,7 +84,15 @@ class StepOptimiser:
             gradients: One for every trained parameter, by whole-model name, in its shape; any floating-point dtype.
         """
         for name, parameter in self._parameters.items():
-            parameter.grad = gradients[name].to(parameter.dtype)
+            parameter.grad = gradients[name].to(parameter.dtype) if parameter.requires_grad else None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Copy what was gathered, by whole-model name."""
+        return {
+            name: parameter.grad.detach().clone()
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None
+        }
 
     def clear_gradients(self) -> None:
         """Forget gradients that were gathered and not applied."""
@@ -76,10 +117,12 @@ class StepOptimiser:
         Raises:
             ValueError: If the state belongs to other parameters.
         """
+        known = {key.rpartition("/")[0] for key in state}
         expected = {
             f"{name}/{moment}": torch.Size() if moment == "step" else parameter.shape
             for name, parameter in self._parameters.items()
             for moment in _MOMENTS
+            if name in known  # a factor that was frozen so far has none
         }
         found = {key: tensor.shape for key, tensor in state.items()}
         foreign = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
@@ -94,6 +137,8 @@ class StepOptimiser:
         if not state:
             return
         for name, parameter in self._parameters.items():
+            if name not in known:
+                continue
             self._adamw.state[parameter] = {moment: state[f"{name}/{moment}"].detach().clone() for moment in _MOMENTS}
 
 

@@ -1,45 +1,44 @@
-"""The server's half of a local step: forward, backward and update of the trunk, one adapter copy per client."""
+"""The server's half of a local step: forward, backward and update of the trunk, for clients alone or together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from splitfed.config import TrainingSection
 from splitfed.errors import ProtocolError
 from splitfed.models import Segment, adapter_parameters
 from splitfed.privacy.denoise import Denoiser
-from splitfed.training.optimiser import StepOptimiser
 from splitfed.training.seeds import derive_seed
+from splitfed.training.trunk_adapter import TrunkAdapter
+from splitfed.training.trunk_slot import Pending, Slot, TrunkBackward, TrunkForward
 
 
-@dataclass
-class _Pending:
-    """A forward that waits for its backward."""
+@dataclass(frozen=True)
+class Applied:
+    """What a step on the trunk came to.
+
+    Attributes:
+        version: The adapter's from now on.
+        squared_norm: Squared L2 norm of the step's gradients, with that of the clients' own segments if it was given.
+    """
 
     version: int
-    smashed_BTD: Tensor
-    output_BTD: Tensor
+    squared_norm: float
 
 
 @dataclass
-class _Slot:
-    """One client's copy of the trunk adapter, with its optimiser."""
+class _Shared:
+    """An adapter that several slots train, and what their joint steps have gathered."""
 
-    client: str
-    round: int
-    parameters: dict[str, nn.Parameter]
-    optimiser: StepOptimiser
-    denoiser: Denoiser | None
-    version: int = 0
-    steps: int = 0
-    pending: dict[tuple[int, int], _Pending] = field(default_factory=dict)
+    adapter: TrunkAdapter
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TrunkTrainer:
-    """Owner of the trunk: the frozen base once, and for each client an adapter copy with its optimiser state.
+    """Owner of the trunk: the frozen base once, and adapters with their optimiser, each client's own or shared.
 
     Not thread-safe: one worker owns it.
 
@@ -52,6 +51,9 @@ class TrunkTrainer:
 
     Attributes:
         denoiser: The same; another one holds for the rounds that are opened after it.
+
+    Guarantees:
+        * A backward is that of its own forward, whatever was applied in between.
     """
 
     def __init__(
@@ -61,11 +63,11 @@ class TrunkTrainer:
         self.denoiser = denoiser
         self._training = training
         self._seed = seed
-        named = adapter_parameters(trunk)
-        local_names = {id(parameter): name for name, parameter in trunk.named_parameters()}
-        self._local_names = {name: local_names[id(parameter)] for name, parameter in named.items()}
-        self._slots: dict[str, _Slot] = {}
+        self._local_names: dict[Segment, dict[str, str]] = {}
+        self._slots: dict[str, Slot] = {}
+        self._shared: dict[str, _Shared] = {}
         self._parameter = next(trunk.parameters())
+        self._passes = 0
 
     @property
     def hidden_size(self) -> int:
@@ -77,33 +79,64 @@ class TrunkTrainer:
         """Blocks of the whole model that the trunk runs."""
         return self._trunk.blocks
 
+    def open_shared(
+        self,
+        name: str,
+        adapter: Mapping[str, Tensor],
+        optimiser: Mapping[str, Tensor],
+        *,
+        trained: frozenset[str] | None = None,
+    ) -> None:
+        """Put an adapter that slots are to share at a round's start, whatever was there before.
+
+        Args:
+            name: What slots call it.
+            adapter: What the round starts from, by whole-model name.
+            optimiser: The optimiser's state after the last round; empty for none.
+            trained: Names that are trained in this round; none: all.
+        """
+        self._shared[name] = _Shared(self._new_adapter(self._trunk, adapter, optimiser, trained))
+
     def open_round(
         self,
         slot: str,
         round: int,
-        adapter: Mapping[str, Tensor],
-        optimiser: Mapping[str, Tensor],
+        adapter: Mapping[str, Tensor] | None = None,
+        optimiser: Mapping[str, Tensor] | None = None,
         *,
         client: str | None = None,
         denoiser: Denoiser | None = None,
+        trunk: Segment | None = None,
+        shared: str | None = None,
+        joint: bool = False,
+        trained: frozenset[str] | None = None,
     ) -> None:
         """Fill a slot with a client at the start of a round, whatever was in it before.
 
         Args:
             slot: Name of the slot; what is asked of another slot never touches this one.
             round: The round, from 1.
-            adapter: Trunk adapter that the round starts from, by whole-model name.
-            optimiser: The client's optimiser state after its last round; empty for none.
+            adapter: Trunk adapter that the round starts from, by whole-model name; left out where one is shared.
+            optimiser: The client's optimiser state after its last round; empty for none; left out as above.
             client: Name of the client, for its random streams; none: the slot's.
             denoiser: One for the noise that this client adds; none: the trainer's.
+            trunk: A slice of the trunk, for a client that holds more blocks than others; none: all of it.
+            shared: The adapter that this slot trains together with others; none: one of its own.
+            joint: Gradients are gathered with those of the others that share it, for steps that are applied at once.
+            trained: Names that are trained in this round, in an adapter of its own; none: all.
         """
-        parameters = {
-            name: nn.Parameter(adapter[name].detach().clone().to(self._parameter.device)) for name in self._local_names
-        }
-        optimiser_of_slot = StepOptimiser(parameters, self._training)
-        filled = _Slot(client or slot, round, parameters, optimiser_of_slot, denoiser or self.denoiser)
-        filled.optimiser.load(optimiser)
-        self._slots[slot] = filled
+        trunk = trunk or self._trunk
+        common = None if shared is None else self._shared[shared]
+        self._slots[slot] = Slot(
+            client or slot,
+            round,
+            trunk,
+            self._new_adapter(trunk, adapter or {}, optimiser or {}, trained) if common is None else common.adapter,
+            common.gradients if common is not None and joint else {},
+            local_steps=self._training.local_steps,
+            max_in_flight=self._training.max_in_flight,
+            denoiser=denoiser or self.denoiser,
+        )
 
     def close(self, slot: str) -> None:
         """Empty a slot, if there is something in it."""
@@ -121,17 +154,7 @@ class TrunkTrainer:
         trains: bool = True,
         wants_smashed_gradient: bool = False,
     ) -> Tensor:
-        """Run the trunk on smashed data.
-
-        Args:
-            slot: Name of the slot.
-            step: Local step, from 0.
-            micro_batch: Index in the step, from 0.
-            smashed_BTD: Smashed data, shape [B, T, D].
-            attention_mask_BT: 1 for real positions, shape [B, T]; none: all are.
-            position_ids_BT: Positions, shape [B, T]; none: counted from 0.
-            trains: A backward is to follow.
-            wants_smashed_gradient: The backward is to return the smashed gradient.
+        """Run the trunk on one client's smashed data; the arguments are those of `TrunkForward`.
 
         Returns:
             The trunk output, shape [B, T, D].
@@ -140,114 +163,223 @@ class TrunkTrainer:
             ProtocolError: If the step is not the slot's next one, the micro-batch is already in flight, or too many
                 are.
         """
-        state = self._slot(slot)
-        smashed_BTD = smashed_BTD.detach().to(self._parameter.device, self._parameter.dtype)
-        if trains:
-            self._check_next(state, step, micro_batch)
-        smashed_BTD.requires_grad_(trains and wants_smashed_gradient)
-        self._trunk.train(trains)
-        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(trains):
-            torch.manual_seed(derive_seed(self._seed, "trunk", state.round, state.client, step, micro_batch))
-            entering_BTD = smashed_BTD if state.denoiser is None else state.denoiser(smashed_BTD)
-            output_BTD: Tensor = functional_call(
-                self._trunk,
-                {self._local_names[name]: parameter for name, parameter in state.parameters.items()},
-                (entering_BTD,),
-                {"attention_mask": attention_mask_BT, "position_ids": position_ids_BT},
-            )
-        if trains:
-            state.pending[step, micro_batch] = _Pending(state.version, smashed_BTD, output_BTD)
-        return output_BTD.detach()
+        call = TrunkForward(
+            slot, step, micro_batch, smashed_BTD, attention_mask_BT, position_ids_BT, trains, wants_smashed_gradient
+        )
+        return self.forward_together([call])[0]
 
-    def backward(self, slot: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
-        """Run the trunk's backward and gather the adapter's gradients.
+    def forward_together(self, calls: Sequence[TrunkForward]) -> list[Tensor]:
+        """Run the trunk for several clients, in one pass where adapter, blocks and shape are the same.
 
         Args:
-            slot: Name of the slot.
-            step: Local step of the forward.
-            micro_batch: Micro-batch of the forward.
-            output_gradient_BTD: Gradient of the step's loss at the trunk output, shape [B, T, D].
+            calls: One of each client, in an order that does not depend on who came first.
+
+        Returns:
+            A trunk output for each call, shape [B, T, D].
+
+        Raises:
+            ProtocolError: As for `forward`; nothing was run then.
+        """
+        passes: dict[tuple[object, ...], list[int]] = {}
+        for index, call in enumerate(calls):
+            slot = self._slot(call.slot)
+            if call.trains:
+                slot.check_forward(call)
+            parts = call.attention_mask_BT is None, call.position_ids_BT is None, call.trains
+            key = (id(slot.trunk), id(slot.adapter), *call.smashed_BTD.shape[1:], *parts)
+            passes.setdefault(key, []).append(index)
+        outputs: dict[int, Tensor] = {}
+        for together in passes.values():
+            outputs.update(zip(together, self._forward_pass([calls[index] for index in together]), strict=True))
+        return [outputs[index] for index in range(len(calls))]
+
+    def backward(self, slot: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
+        """Run the trunk's backward for one client; the arguments are those of `TrunkBackward`.
 
         Returns:
             The smashed gradient, shape [B, T, D], if the forward asked for it.
 
         Raises:
-            ProtocolError: If there is no such forward, its shape differs, or the adapter has changed since.
+            ProtocolError: If there is no such forward, or its shape differs.
         """
-        state = self._slot(slot)
-        pending = state.pending.pop((step, micro_batch), None)
-        if pending is None:
-            raise ProtocolError(
-                f"A backward of step {step}, micro-batch {micro_batch}, came from {state.client!r} without its forward."
-            )
-        if pending.version != state.version:
-            raise ProtocolError(
-                f"The trunk adapter of {state.client!r} went from version {pending.version} to {state.version} between "
-                f"the forward and the backward of step {step}; start the round again."
-            )
-        if output_gradient_BTD.shape != pending.output_BTD.shape:
-            raise ProtocolError(
-                f"The output gradient has shape {list(output_gradient_BTD.shape)}, the trunk output "
-                f"{list(pending.output_BTD.shape)}."
-            )
-        wanted = list(state.parameters.values())
-        if pending.smashed_BTD.requires_grad:
-            wanted.append(pending.smashed_BTD)  # type: ignore[arg-type]
-        if wanted:
-            torch.autograd.backward([pending.output_BTD], [output_gradient_BTD.to(pending.output_BTD)], inputs=wanted)
-        return pending.smashed_BTD.grad
+        return self.backward_together([TrunkBackward(slot, step, micro_batch, output_gradient_BTD)])[0]
 
-    def step(self, slot: str, step: int) -> int:
-        """Apply the gradients of a local step.
+    def backward_together(self, calls: Sequence[TrunkBackward]) -> list[Tensor | None]:
+        """Run the trunk's backward and gather the adapter's gradients, in one pass for forwards that were in one.
+
+        Args:
+            calls: One of each client, in an order that does not depend on who came first.
 
         Returns:
-            The slot's new adapter version.
+            For each call the smashed gradient, shape [B, T, D], if the forward asked for it.
+
+        Raises:
+            ProtocolError: As for `backward`; nothing was run then.
+        """
+        for call in calls:
+            self._slot(call.slot).check_backward(call)
+        passes: dict[int, list[tuple[int, Pending]]] = {}
+        for index, call in enumerate(calls):
+            pending = self._slot(call.slot).pending.pop((call.step, call.micro_batch))
+            passes.setdefault(pending.together, []).append((index, pending))
+        gradients: dict[int, Tensor | None] = {}
+        for together in passes.values():
+            asked = [(calls[index], pending) for index, pending in together]
+            found = self._backward_pass(asked)
+            gradients.update(zip((index for index, _ in together), found, strict=True))
+        return [gradients[index] for index in range(len(calls))]
+
+    def step(
+        self, slot: str, step: int, *, rate: Callable[[int], float] | None = None, others: float | None = None
+    ) -> Applied:
+        """Apply the gradients that one client's local step has gathered.
+
+        Args:
+            slot: Name of the slot.
+            step: The local step.
+            rate: What the learning rate is multiplied by, given how many versions older than the adapter's the one of
+                the step's first forward is; none: by 1.
+            others: Squared norm of the gradients of the client's own segments, where one norm is taken over all.
 
         Raises:
             ProtocolError: If it is not the next step, or forwards wait for their backwards.
         """
         state = self._slot(slot)
-        if step != state.steps or state.pending:
-            raise ProtocolError(
-                f"{state.client!r} asked to apply step {step}; the next is {state.steps}, with {len(state.pending)} "
-                "micro-batches still waiting for their backward."
-            )
-        state.optimiser.step((state.round - 1) * self._training.local_steps + step)
+        state.check_step(step)
+        factor = 1.0 if rate is None else rate(state.adapter.version - state.version)
+        squared_norm = state.adapter.apply(state.gradients, state.step_in_run, rate=factor, others=others)
+        state.gradients.clear()
         state.steps += 1
-        state.version += 1
-        return state.version
+        return Applied(state.adapter.version, squared_norm)
+
+    def step_together(self, slots: Sequence[str], step: int, *, others: float | None = None) -> Applied:
+        """Apply the gradients that a joint local step has gathered, once.
+
+        Args:
+            slots: Those that take part in the step, at least one; they share an adapter, jointly.
+            step: The local step.
+            others: Squared norm of the gradients of the clients' own segments, where one norm is taken over all.
+
+        Raises:
+            ProtocolError: If it is not the next step of one of them, or a forward waits for its backward.
+        """
+        states = [self._slot(slot) for slot in slots]
+        for state in states:
+            state.check_step(step)
+        first = states[0]
+        squared_norm = first.adapter.apply(first.gradients, first.step_in_run, others=others)
+        first.gradients.clear()
+        for state in states:
+            state.steps += 1
+        return Applied(first.adapter.version, squared_norm)
 
     def steps_done(self, slot: str) -> int:
         """Count the local steps that were applied for a client in this round; 0 if it has no slot."""
         state = self._slots.get(slot)
         return state.steps if state else 0
 
+    def staleness(self, slot: str) -> int:
+        """Count the versions that would lie between the oldest forward of another slot and this slot's next one."""
+        adapter = self._slot(slot).adapter
+        others = [state for name, state in self._slots.items() if name != slot and state.adapter is adapter]
+        return max((adapter.version + 1 - state.version for state in others if state.is_amid_step), default=0)
+
     def result(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copy a client's trunk adapter and its optimiser state.
+        """Copy the trunk adapter that a slot trains, and its optimiser state.
 
         Returns:
             ``(adapter, optimiser)``, both on the CPU.
         """
-        state = self._slot(slot)
-        adapter = {name: parameter.detach().cpu().clone() for name, parameter in state.parameters.items()}
-        return adapter, {name: tensor.cpu() for name, tensor in state.optimiser.state().items()}
+        return self._slot(slot).adapter.result()
 
-    def _slot(self, slot: str) -> _Slot:
+    def shared_result(self, shared: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copy an adapter that slots share, and its optimiser state, both to the CPU."""
+        return self._shared[shared].adapter.result()
+
+    def _new_adapter(
+        self,
+        trunk: Segment,
+        adapter: Mapping[str, Tensor],
+        optimiser: Mapping[str, Tensor],
+        trained: frozenset[str] | None,
+    ) -> TrunkAdapter:
+        state = {name: adapter[name] for name in self._names(trunk)}
+        return TrunkAdapter(state, optimiser, self._training, device=self._parameter.device, trained=trained)
+
+    def _names(self, trunk: Segment) -> dict[str, str]:
+        """Map whole-model names of a trunk's adapter to those of its own parameters."""
+        if trunk not in self._local_names:
+            local_names = {id(parameter): name for name, parameter in trunk.named_parameters()}
+            self._local_names[trunk] = {
+                name: local_names[id(parameter)] for name, parameter in adapter_parameters(trunk).items()
+            }
+        return self._local_names[trunk]
+
+    def _forward_pass(self, calls: Sequence[TrunkForward]) -> list[Tensor]:
+        """Run calls of one adapter, trunk and shape; dropout follows the first one's random stream."""
+        slots = [self._slot(call.slot) for call in calls]
+        call, slot = calls[0], slots[0]
+        smashed = [each.smashed_BTD.detach().to(self._parameter.device, self._parameter.dtype) for each in calls]
+        for smashed_BTD, each in zip(smashed, calls, strict=True):
+            smashed_BTD.requires_grad_(each.trains and each.wants_smashed_gradient)
+        tensors = slot.adapter.current()
+        slot.trunk.train(call.trains)
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(call.trains):
+            torch.manual_seed(derive_seed(self._seed, "trunk", slot.round, slot.client, call.step, call.micro_batch))
+            entering = [
+                smashed_BTD if each.denoiser is None else each.denoiser(smashed_BTD)
+                for smashed_BTD, each in zip(smashed, slots, strict=True)
+            ]
+            output_NTD: Tensor = functional_call(
+                slot.trunk,
+                {local: tensors[name] for name, local in self._names(slot.trunk).items()},
+                (_joined(entering),),
+                {
+                    "attention_mask": _joined([each.attention_mask_BT for each in calls]),
+                    "position_ids": _joined([each.position_ids_BT for each in calls]),
+                },
+            )
+            outputs = output_NTD.split([len(each) for each in smashed]) if len(calls) > 1 else [output_NTD]
+        if call.trains:
+            self._passes += 1
+            for each, state, smashed_BTD, output_BTD in zip(calls, slots, smashed, outputs, strict=True):
+                if not state.is_amid_step:
+                    state.version = state.adapter.version
+                state.pending[each.step, each.micro_batch] = Pending(tensors, smashed_BTD, output_BTD, self._passes)
+        return [output_BTD.detach() for output_BTD in outputs]
+
+    def _backward_pass(self, together: Sequence[tuple[TrunkBackward, Pending]]) -> list[Tensor | None]:
+        """Go back through forwards of one pass; gather the adapter's gradients, give the smashed ones."""
+        given = [_scaled(call.output_gradient_BTD.to(pending.output_BTD), call.share) for call, pending in together]
+        tensors = {name: tensor for name, tensor in together[0][1].tensors.items() if tensor.requires_grad}
+        entries = [pending.smashed_BTD for _, pending in together if pending.smashed_BTD.requires_grad]
+        wanted = [*tensors.values(), *entries]
+        outputs = [pending.output_BTD for _, pending in together]
+        found = torch.autograd.grad(outputs, wanted, given, allow_unused=True) if wanted else ()
+        gathered = self._slot(together[0][0].slot).gradients
+        for name, gradient in zip(tensors, found, strict=False):
+            if gradient is not None:
+                gathered[name] = gathered[name] + gradient if name in gathered else gradient
+        at_entry = iter(found[len(tensors) :])
+        smashed: list[Tensor | None] = []
+        for call, pending in together:
+            at_smashed = next(at_entry) if pending.smashed_BTD.requires_grad else None
+            smashed.append(None if at_smashed is None else _scaled(at_smashed, 1 / call.share))
+        return smashed
+
+    def _slot(self, slot: str) -> Slot:
         if slot not in self._slots:
             raise ProtocolError("This round has not been opened, or was opened again elsewhere.")
         return self._slots[slot]
 
-    def _check_next(self, state: _Slot, step: int, micro_batch: int) -> None:
-        if step != state.steps:
-            raise ProtocolError(f"Client {state.client!r} sent step {step}; the next one is {state.steps}.")
-        if step >= self._training.local_steps:
-            raise ProtocolError(
-                f"Client {state.client!r} sent step {step} of a round of {self._training.local_steps} steps."
-            )
-        if (step, micro_batch) in state.pending:
-            raise ProtocolError(f"Client {state.client!r} sent micro-batch {micro_batch} of step {step} twice.")
-        if len(state.pending) >= self._training.max_in_flight:
-            raise ProtocolError(
-                f"Client {state.client!r} has {len(state.pending)} micro-batches in flight; the run allows "
-                f"{self._training.max_in_flight}."
-            )
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor * factor
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Join along the sequences; a single part is given as it is, and so is nothing."""
+    given = [part for part in parts if part is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    return torch.cat(given)

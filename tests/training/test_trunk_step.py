@@ -308,7 +308,7 @@ def test_evaluation_drops_nothing_waits_for_nothing_and_leaves_no_trace() -> Non
     with pytest.raises(ProtocolError, match="without its forward"):
         trainer.backward("a", 0, 0, hidden("gradient"))
     assert trainer.result("a")[1] == {}
-    assert trainer.step("a", 0) == 1
+    assert trainer.step("a", 0).version == 1
 
 
 # Order
