@@ -1,4 +1,7 @@
-"""A weighted mean of adapters that does not depend on the order in which they arrive, to the bit."""
+"""A weighted mean of adapters that does not depend on the order in which they arrive, to the bit.
+
+Source: the weights are those of FederatedAveraging, McMahan et al. 2017, Algorithm 1: a client counts for its examples.
+"""
 
 from collections.abc import Mapping
 from typing import Final
@@ -18,6 +21,8 @@ MAX_TOTAL_WEIGHT: Final = 2**31 - 1
 class FixedPointMean:
     """Adds up states times weights in integers, and divides once at the end.
 
+    Updates need not hold the same tensors: each tensor's mean is over the updates that hold it, with their weights.
+
     A value x becomes two integers, hi = round(x · 2²⁰) and lo = round((x · 2²⁰ - hi) · 2²⁴), and each is summed times
     the weight in an int64: |hi| ≤ 2³¹ and |lo| ≤ 2²³, with a total weight under 2³¹, leave no sum above 2⁶². Integer
     sums have no order, so updates are added as they arrive, and only the two sums (16 bytes an element) are kept.
@@ -33,11 +38,12 @@ class FixedPointMean:
     def __init__(self) -> None:
         self._high: dict[str, Tensor] = {}
         self._low: dict[str, Tensor] = {}
+        self._weights: dict[str, int] = {}
         self._total_weight = 0
 
     @property
     def total_weight(self) -> int:
-        """Sum of the weights so far."""
+        """Sum of the weights of all updates so far."""
         return self._total_weight
 
     def add(self, state: Mapping[str, Tensor], weight: int) -> None:
@@ -49,11 +55,12 @@ class FixedPointMean:
             weight: What the update counts for, such as its number of examples; 1 or more.
 
         Raises:
-            ValueError: If the weight is not a positive integer or the total passes 2³¹ - 1, if names or shapes differ
-                from the first update's, or if a tensor is empty, is not floating point, or has a value that is NaN,
+            ValueError: If the weight is not a positive integer or the total passes 2³¹ - 1, if a shape differs from
+                an earlier update's, or if a tensor is empty, is not floating point, or has a value that is NaN,
                 infinite or out of range.
         """
-        self._check(state, weight)
+        check_update(state, weight)
+        self._check_fit(state, weight)
         for name, tensor in state.items():
             scaled = tensor.detach().cpu().to(torch.float64).mul_(2.0**HIGH_BITS)
             high = scaled.round()
@@ -61,12 +68,14 @@ class FixedPointMean:
             if name not in self._high:
                 self._high[name] = torch.zeros(tensor.shape, dtype=torch.int64)
                 self._low[name] = torch.zeros(tensor.shape, dtype=torch.int64)
+                self._weights[name] = 0
             self._high[name].add_(high.to(torch.int64), alpha=weight)
             self._low[name].add_(low.to(torch.int64), alpha=weight)
+            self._weights[name] += weight
         self._total_weight += weight
 
     def result(self) -> dict[str, Tensor]:
-        """Give the weighted mean of all updates so far, float32, on the CPU.
+        """Give the weighted mean of all updates so far, of every tensor that one of them holds, float32, on the CPU.
 
         Raises:
             ValueError: If there was no update.
@@ -77,7 +86,7 @@ class FixedPointMean:
 
     def _divide(self, name: str) -> Tensor:
         """Divide a pair of sums by the total weight, limb by limb, so that nothing is lost before the last step."""
-        weight = self._total_weight
+        weight = self._weights[name]
         high = self._high[name].div(weight, rounding_mode="floor")
         carried = (self._high[name] - high * weight) * 2**LOW_BITS + self._low[name]  # under 2⁵⁶
         low = carried.div(weight, rounding_mode="floor")
@@ -85,27 +94,36 @@ class FixedPointMean:
         mean = high.to(torch.float64) * 2.0**-HIGH_BITS + (low + rest) * 2.0 ** -(HIGH_BITS + LOW_BITS)
         return mean.to(torch.float32)
 
-    def _check(self, state: Mapping[str, Tensor], weight: int) -> None:
-        if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
-            raise ValueError(f"The weight of an update is a positive integer, not {weight!r}.")
+    def _check_fit(self, state: Mapping[str, Tensor], weight: int) -> None:
         if self._total_weight + weight > MAX_TOTAL_WEIGHT:
             raise ValueError(
                 f"A weight of {weight} takes the total from {self._total_weight} past {MAX_TOTAL_WEIGHT}; "
                 "divide all weights by a common number."
             )
-        if not state:
-            raise ValueError("The update holds no tensor.")
-        if self._high and state.keys() != self._high.keys():
-            name = min(state.keys() ^ self._high.keys())
-            problem = "is not in the first update" if name in state else "is missing"
-            raise ValueError(f"The update disagrees with the first one: {name!r} {problem}.")
         for name, tensor in state.items():
-            self._check_tensor(name, tensor)
+            if name in self._high and tensor.shape != self._high[name].shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(tensor.shape)} and not {tuple(self._high[name].shape)}, as in an "
+                    "earlier update."
+                )
 
-    def _check_tensor(self, name: str, tensor: Tensor) -> None:
-        if name in self._high and tensor.shape != self._high[name].shape:
-            expected = tuple(self._high[name].shape)
-            raise ValueError(f"{name!r} has shape {tuple(tensor.shape)} and not {expected}, as in the first update.")
+
+def check_update(state: Mapping[str, Tensor], weight: int) -> None:
+    """Refuse what no mean can be taken of.
+
+    Args:
+        state: Tensors by name.
+        weight: What the update counts for.
+
+    Raises:
+        ValueError: If the weight is not a positive integer, there is no tensor, or a tensor is empty, is not floating
+            point, or has a value that is NaN, infinite or out of range.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
+        raise ValueError(f"The weight of an update is a positive integer, not {weight!r}.")
+    if not state:
+        raise ValueError("The update holds no tensor.")
+    for name, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.numel():
             raise ValueError(f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; no mean is taken of that.")
         low, high = (bound.item() for bound in torch.aminmax(tensor.detach()))
