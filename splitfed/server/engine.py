@@ -9,7 +9,7 @@ from torch import Tensor
 
 from splitfed.errors import ProtocolError
 from splitfed.privacy.denoise import Denoiser
-from splitfed.training.trunk_step import TrunkTrainer
+from splitfed.training.trunk_step import Applied, TrunkTrainer
 
 R = TypeVar("R")
 
@@ -42,8 +42,8 @@ class Engine(Protocol):
     async def backward(self, slot: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
         """Run the trunk backward; returns the smashed gradient, shape [B, T, D], if the forward asked for it."""
 
-    async def apply(self, slot: str, step: int) -> int:
-        """Apply a local step's gradients; returns the adapter's version."""
+    async def apply(self, slot: str, step: int, *, squared_norm: float | None = None) -> Applied:
+        """Apply a local step's gradients, clipped by one norm with the agent's where that one is given."""
 
     async def snapshot(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copy a slot's trunk adapter and optimiser state."""
@@ -109,9 +109,9 @@ class LocalEngine:
         """Run the trunk backward."""
         return await self._do(lambda: self._trainer.backward(slot, step, micro_batch, output_gradient_BTD))
 
-    async def apply(self, slot: str, step: int) -> int:
+    async def apply(self, slot: str, step: int, *, squared_norm: float | None = None) -> Applied:
         """Apply a local step's gradients."""
-        return await self._do(lambda: self._trainer.step(slot, step).version)
+        return await self._do(lambda: self._trainer.step(slot, step, others=squared_norm))
 
     async def snapshot(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copy a slot's trunk adapter and optimiser state."""

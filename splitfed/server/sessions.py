@@ -1,6 +1,7 @@
 """One client's round on the server: requests applied once and in order, answers kept until the agent has them."""
 
 import asyncio
+import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
@@ -171,8 +172,7 @@ class TrainSession:
             return await self._forward(operation)
         if operation.body == "backward":
             return await self._backward(operation)
-        version = await self._engine.apply(self.slot, operation.request.step.step)
-        return training_pb2.TrainReply(stepped=training_pb2.Stepped(adapter_version=version)), []
+        return await self._step(operation.request.step), []
 
     async def _forward(self, operation: Operation) -> tuple[training_pb2.TrainReply, list[bytes]]:
         forward = operation.request.forward
@@ -200,6 +200,15 @@ class TrainSession:
             return training_pb2.TrainReply(smashed_gradient=training_pb2.SmashedGradient()), []
         tensor, chunks = await self._encode(gradient_BTD, self.codecs.smashed_gradient)
         return training_pb2.TrainReply(smashed_gradient=training_pb2.SmashedGradient(smashed_gradient=tensor)), chunks
+
+    async def _step(self, request: training_pb2.Step) -> training_pb2.TrainReply:
+        squared_norm = request.squared_norm if request.HasField("squared_norm") else None
+        if squared_norm is not None and not 0 <= squared_norm < math.inf:
+            raise ProtocolError(f"The gradients of {self.client!r} have the squared norm {squared_norm}.")
+        applied = await self._engine.apply(self.slot, request.step, squared_norm=squared_norm)
+        return training_pb2.TrainReply(
+            stepped=training_pb2.Stepped(adapter_version=applied.version, squared_norm=applied.squared_norm)
+        )
 
     async def _encode(self, tensor: Tensor, codec: Codec) -> tuple[tensor_pb2.Tensor, list[bytes]]:
         try:

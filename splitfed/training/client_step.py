@@ -22,6 +22,7 @@ from splitfed.training.optimiser import StepOptimiser
 from splitfed.training.per_example import GradientSum, PerExampleLayers, RecordedPass
 from splitfed.training.releases import Releases
 from splitfed.training.seeds import derive_seed
+from splitfed.training.work import Work, done
 
 Loss = Callable[[Tensor, Tensor, float], Tensor]
 """``(logits_BTV, labels_BT, divisor)`` to the sum of the token losses ÷ divisor, a scalar."""
@@ -159,7 +160,11 @@ class ClientTrainer:
         load_adapter_state(self.top, state)
 
     def step(self, link: Link, examples: Sequence[Example | None], *, round: int, step: int) -> StepResult:
-        """Run one local step over a link.
+        """Run one local step over a link; the arguments are those of `step_work`."""
+        return done(self.step_work(link, examples, round=round, step=step))
+
+    def step_work(self, link: Link, examples: Sequence[Example | None], *, round: int, step: int) -> Work[StepResult]:
+        """Run one local step over a link, and stop where an answer is needed.
 
         Micro-batches go out in their order, at most ``max_in_flight`` between forward and backward; gradients are
         gathered in the same order, so the result does not depend on timing.
@@ -185,21 +190,47 @@ class ClientTrainer:
         loss_sum = 0.0
         for index, batch in enumerate(batches):
             if len(under_way.waiting) == self._training.max_in_flight:
-                loss_sum += self._turn(under_way)
+                loss_sum += yield from self._turn(under_way)
             self._send(under_way, Place(step, index), batch)
         while under_way.waiting:
-            loss_sum += self._turn(under_way)
-        applied = link.step(step)
-        while under_way.returning:
-            self._finish(under_way)
-        if under_way.gradients is not None:
-            records = [record for batch in batches for record in batch.records]
-            noisy = self.releases.adapter_gradient(under_way.gradients.sums, records=records, round=round, step=step)
-            self.optimiser.set_gradients({name: total / self._training.batch_size for name, total in noisy.items()})
-        self.optimiser.step((round - 1) * self._training.local_steps + step)
-        applied.result()
+            loss_sum += yield from self._turn(under_way)
+        if self._takes_one_norm:
+            yield from self._apply_by_one_norm(under_way, batches, step)
+        else:
+            applied = link.step(step)
+            yield from self._gather(under_way, batches, step)
+            self.optimiser.step(self._step_in_run(round, step))
+            yield applied
+            applied.result()
         sent_tokens = sum(batch.input_ids_BT.numel() for batch in batches)
         return StepResult(loss_sum, label_tokens, sent_tokens)
+
+    def _gather(self, under_way: _Step, batches: Sequence[Batch], step: int) -> Work[None]:
+        """Bring the gradients of bottom and top together, as the optimiser is to see them."""
+        while under_way.returning:
+            yield from self._finish(under_way)
+        if under_way.gradients is not None:
+            records = [record for batch in batches for record in batch.records]
+            noisy = self.releases.adapter_gradient(
+                under_way.gradients.sums, records=records, round=under_way.round, step=step
+            )
+            self.optimiser.set_gradients({name: total / self._training.batch_size for name, total in noisy.items()})
+        self.optimiser.pull_to_start()
+
+    def _apply_by_one_norm(self, under_way: _Step, batches: Sequence[Batch], step: int) -> Work[None]:
+        """Apply the step by the norm over all segments: no noise is on, and the server tells its part."""
+        yield from self._gather(under_way, batches, step)
+        applied = under_way.link.step(step, squared_norm=self.optimiser.squared_norm())
+        yield applied
+        self.optimiser.step(self._step_in_run(under_way.round, step), squared_norm=applied.result())
+
+    @property
+    def _takes_one_norm(self) -> bool:
+        """Gradients are clipped by one norm over all segments; with noise on, by one norm on each side."""
+        return self._training.max_grad_norm is not None and not self.releases.is_noisy
+
+    def _step_in_run(self, round: int, step: int) -> int:
+        return (round - 1) * self._training.local_steps + step
 
     def _micro_batches(self, examples: Sequence[Example | None]) -> list[Batch]:
         """Cut a step's examples into what crosses the wire at once; with noise on, every row has the run's length."""
@@ -247,12 +278,18 @@ class ClientTrainer:
                 is_real_B=batch.is_real_B,
             )
         with refusing_what_is_not_finite("smashed data", under_way.round, place):
-            output = under_way.link.forward(place, bottom_BTD.detach(), wants_smashed_gradient=self._bottom_trains)
+            output = under_way.link.forward(
+                place,
+                bottom_BTD.detach(),
+                wants_smashed_gradient=self._bottom_trains,
+                step_tokens=int(under_way.divisor),
+            )
         under_way.waiting.append(_InFlight(place, batch, bottom_BTD, bottom_pass, output))
 
-    def _turn(self, under_way: _Step) -> float:
+    def _turn(self, under_way: _Step) -> Work[float]:
         """Take the oldest trunk output through the top and send the output gradient back."""
         sent, round = under_way.waiting.popleft(), under_way.round
+        yield sent.output
         trunk_output_BTD = sent.output.result().requires_grad_()
         self.top.train()
         with torch.random.fork_rng(devices=[]), self._recording(self.top, sent.batch) as top_pass:
@@ -278,7 +315,7 @@ class ClientTrainer:
             under_way.gradients.add(top_pass, is_real_B=sent.batch.is_real_B)
         under_way.returning.append(_Returning(sent, top_pass, smashed_gradient))
         while len(under_way.returning) > self._training.max_in_flight:
-            self._finish(under_way)
+            yield from self._finish(under_way)
         return value * under_way.divisor
 
     def _back_through_the_top(self, loss: Tensor, trunk_output_BTD: Tensor, top_pass: RecordedPass | None) -> Tensor:
@@ -293,9 +330,10 @@ class ClientTrainer:
             trunk_output_BTD.grad *= self._training.batch_size
         return trunk_output_BTD.grad
 
-    def _finish(self, under_way: _Step) -> None:
+    def _finish(self, under_way: _Step) -> Work[None]:
         """Take the oldest smashed gradient through the bottom."""
         back = under_way.returning.popleft()
+        yield back.smashed_gradient
         bottom_BTD, bottom_pass = back.sent.bottom_BTD, back.sent.bottom_pass
         gradient_BTD = back.smashed_gradient.result()
         if under_way.gradients is None or bottom_pass is None or back.top_pass is None:

@@ -65,14 +65,26 @@ class Link(Protocol):
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
         wants_smashed_gradient: bool = False,
+        step_tokens: int = 0,
     ) -> Future[Tensor]:
-        """Ask for the trunk output, shape [B, T, D], of smashed data of that shape."""
+        """Ask for the trunk output, shape [B, T, D], of smashed data of that shape.
+
+        ``step_tokens`` is what the loss of the whole step is divided by: what this client counts for in a joint step.
+        """
 
     def backward(self, place: Place, output_gradient_BTD: Tensor) -> Future[Tensor | None]:
         """Send the output gradient back; the future holds the smashed gradient if the forward asked for it."""
 
-    def step(self, step: int) -> Future[None]:
-        """Apply the gradients that the trunk has gathered for this local step."""
+    def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
+        """Apply the gradients that the trunk has gathered for this local step.
+
+        Args:
+            step: The local step.
+            squared_norm: Squared L2 norm of the gradients on the agent, where one norm is taken over all segments.
+
+        Returns:
+            The squared norm of the step's gradients, with the given one.
+        """
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,7 @@ class InProcessLink:
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
         wants_smashed_gradient: bool = False,
+        step_tokens: int = 0,
     ) -> Future[Tensor]:
         """Run the trunk now; the future is done when this returns."""
         output_BTD = self.trainer.forward(
@@ -149,10 +162,9 @@ class InProcessLink:
             return _done(None)
         return _done(self._receive(gradient_BTD, self.codecs.smashed_gradient))
 
-    def step(self, step: int) -> Future[None]:
+    def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
         """Apply the trunk's gradients now."""
-        self.trainer.step(self.client, step)
-        return _done(None)
+        return _done(self.trainer.step(self.client, step, others=squared_norm).squared_norm)
 
     def _send(self, tensor: Tensor, codec: Codec) -> Tensor:
         decoded, payload_bytes = cross(tensor, codec)

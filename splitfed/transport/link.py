@@ -55,6 +55,7 @@ class GrpcLink:
         codecs: A codec for each direction.
         backoff: When to try again, and when to give up.
         silence_s: Seconds without any answer after which an open request counts as lost.
+        is_joint: Local steps are joint: the server needs to know what each agent counts for.
         traffic: Where bytes are counted.
     """
 
@@ -66,6 +67,7 @@ class GrpcLink:
         *,
         backoff: Backoff,
         silence_s: float,
+        is_joint: bool = False,
         traffic: Traffic | None = None,
     ) -> None:
         self.traffic = traffic or Traffic()
@@ -74,6 +76,7 @@ class GrpcLink:
         self._codecs = codecs
         self._backoff = backoff
         self._silence_s = silence_s
+        self._is_joint = is_joint
         self._lock = threading.Lock()
         self._pending: OrderedDict[int, _Request] = OrderedDict()
         self._next_number = 0
@@ -103,6 +106,7 @@ class GrpcLink:
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
         wants_smashed_gradient: bool = False,
+        step_tokens: int = 0,
     ) -> Future[Tensor]:
         """Send smashed data; the future holds the trunk output."""
         tensor, chunks = to_messages(smashed_BTD, self._codecs.smashed)
@@ -114,6 +118,7 @@ class GrpcLink:
             attention_mask=pack_mask(attention_mask_BT),
             position_ids=[] if position_ids_BT is None else position_ids_BT.flatten().tolist(),
             wants_smashed_gradient=wants_smashed_gradient,
+            step_tokens=step_tokens if self._is_joint else 0,
         )
         expected = Expectation.exactly(self._codecs.trunk_output, smashed_BTD.shape)
         return self._send(training_pb2.TrainRequest(forward=forward), chunks, "trunk_output", expected)
@@ -125,9 +130,9 @@ class GrpcLink:
         expected = Expectation.exactly(self._codecs.smashed_gradient, output_gradient_BTD.shape)
         return self._send(training_pb2.TrainRequest(backward=backward), chunks, "smashed_gradient", expected)
 
-    def step(self, step: int) -> Future[None]:
-        """Ask for the gradients of a local step to be applied."""
-        request = training_pb2.TrainRequest(step=training_pb2.Step(step=step))
+    def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
+        """Ask for the gradients of a local step to be applied; the future holds their squared norm."""
+        request = training_pb2.TrainRequest(step=training_pb2.Step(step=step, squared_norm=squared_norm))
         return self._send(request, [], "stepped", None)
 
     def close(self) -> None:
@@ -217,8 +222,10 @@ class GrpcLink:
         request = self._pending.get(number)
         if request is None or body != request.answer or number != next(iter(self._pending)):
             raise ProtocolError(f"The server answered request {number} with {body or 'nothing'}, out of turn.")
-        value: Tensor | None = None
-        if body == "trunk_output":
+        value: Tensor | float | None = None
+        if body == "stepped":
+            value = reply.stepped.squared_norm
+        elif body == "trunk_output":
             value = _collect(reply.trunk_output.trunk_output, request.expected, replies)
         elif body == "smashed_gradient" and reply.smashed_gradient.HasField("smashed_gradient"):
             value = _collect(reply.smashed_gradient.smashed_gradient, request.expected, replies)

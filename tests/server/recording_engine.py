@@ -9,6 +9,7 @@ from torch import Tensor
 
 from splitfed.errors import ProtocolError
 from splitfed.privacy.denoise import Denoiser
+from splitfed.training.trunk_step import Applied
 
 
 @dataclass
@@ -59,10 +60,10 @@ class RecordingEngine:
         self._note("backward", step, micro_batch)
         return -output_gradient_BTD if self.wants[slot] else None
 
-    async def apply(self, slot: str, step: int) -> int:
+    async def apply(self, slot: str, step: int, *, squared_norm: float | None = None) -> Applied:
         self._note("apply", step)
         self.steps[slot] = self.steps.get(slot, 0) + 1
-        return self.steps[slot]
+        return Applied(self.steps[slot], 4.0 + (squared_norm or 0.0))
 
     async def snapshot(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         _, round, adapter, _ = self.states[slot]

@@ -29,8 +29,8 @@ class Tapped:
         self.seen["gradient"] = output_gradient_BTD
         return self._link.backward(place, output_gradient_BTD)
 
-    def step(self, step):
-        return self._link.step(step)
+    def step(self, step, **options):
+        return self._link.step(step, **options)
 
 
 @pytest.mark.parametrize(("bottom_blocks", "top_blocks"), [(0, 0), (1, 2)])

@@ -63,6 +63,7 @@ class RecordingLink:
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
         wants_smashed_gradient: bool = False,
+        step_tokens: int = 0,
     ) -> Future[Tensor]:
         self.before("forward", smashed_BTD)
         copy_BTD = smashed_BTD.detach().clone()
@@ -72,6 +73,7 @@ class RecordingLink:
             attention_mask_BT=attention_mask_BT,
             position_ids_BT=position_ids_BT,
             wants_smashed_gradient=wants_smashed_gradient,
+            step_tokens=step_tokens,
         )
         self.calls.append("forward")
         self.sent.append(Sent("forward", place, copy_BTD, attention_mask_BT, position_ids_BT, wants_smashed_gradient))
@@ -85,8 +87,8 @@ class RecordingLink:
         self.sent.append(Sent("backward", place, copy_BTD))
         return gradient
 
-    def step(self, step: int) -> Future[None]:
-        applied = self.inner.step(step)
+    def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
+        applied = self.inner.step(step, squared_norm=squared_norm)
         self.calls.append("step")
         return applied
 

@@ -133,8 +133,8 @@ class LateLink(RecordingLink):
         self.held.append((late, super().backward(place, output_gradient_BTD)))
         return late
 
-    def step(self, step: int) -> Future[None]:
-        applied = super().step(step)
+    def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
+        applied = super().step(step, squared_norm=squared_norm)
         for late, answer in self.held:
             late.set_result(answer.result())
         self.held.clear()
@@ -387,8 +387,8 @@ class Lossy(RecordingLink):
     def backward(self, place: Place, output_gradient_BTD: Tensor) -> Future[Tensor | None]:
         return self._lost("backward") or super().backward(place, output_gradient_BTD)
 
-    def step(self, step: int) -> Future[None]:
-        return self._lost("step") or super().step(step)
+    def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
+        return self._lost("step") or super().step(step, squared_norm=squared_norm)
 
     def _lost(self, call: str) -> Future[Any] | None:
         self.is_lost = self.is_lost or (call == self.lost_at and call in self.calls)

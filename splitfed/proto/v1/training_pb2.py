@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from splitfed.proto.v1 import tensor_pb2 as splitfed_dot_proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n splitfed/proto/v1/training.proto\x12\x11splitfed.proto.v1\x1a\x1esplitfed/proto/v1/tensor.proto\"\x86\x02\n\x0cTrainRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12,\n\x04open\x18\x02 \x01(\x0b\x32\x1c.splitfed.proto.v1.OpenRoundH\x00\x12-\n\x07\x66orward\x18\x03 \x01(\x0b\x32\x1a.splitfed.proto.v1.ForwardH\x00\x12/\n\x08\x62\x61\x63kward\x18\x04 \x01(\x0b\x32\x1b.splitfed.proto.v1.BackwardH\x00\x12\'\n\x04step\x18\x05 \x01(\x0b\x32\x17.splitfed.proto.v1.StepH\x00\x12\x0f\n\x05\x63hunk\x18\x06 \x01(\x0cH\x00\x12\x16\n\x0ereceived_below\x18\x07 \x01(\x04\x42\x06\n\x04\x62ody\"\x85\x01\n\tOpenRound\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07session\x18\x05 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x06 \x01(\r\x12\x11\n\tend_block\x18\x07 \x01(\r\"\xcd\x01\n\x07\x46orward\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.splitfed.proto.v1.Kind\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x03 \x01(\r\x12*\n\x07smashed\x18\x04 \x01(\x0b\x32\x19.splitfed.proto.v1.Tensor\x12\x16\n\x0e\x61ttention_mask\x18\x05 \x01(\x0c\x12\x14\n\x0cposition_ids\x18\x06 \x03(\r\x12\x1e\n\x16wants_smashed_gradient\x18\x07 \x01(\x08\"a\n\x08\x42\x61\x63kward\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x02 \x01(\r\x12\x32\n\x0foutput_gradient\x18\x03 \x01(\x0b\x32\x19.splitfed.proto.v1.Tensor\"\x14\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\r\"\x89\x02\n\nTrainReply\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x06opened\x18\x02 \x01(\x0b\x32\x19.splitfed.proto.v1.OpenedH\x00\x12\x36\n\x0ctrunk_output\x18\x03 \x01(\x0b\x32\x1e.splitfed.proto.v1.TrunkOutputH\x00\x12>\n\x10smashed_gradient\x18\x04 \x01(\x0b\x32\".splitfed.proto.v1.SmashedGradientH\x00\x12-\n\x07stepped\x18\x05 \x01(\x0b\x32\x1a.splitfed.proto.v1.SteppedH\x00\x12\x0f\n\x05\x63hunk\x18\x06 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\".\n\x06Opened\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x13\n\x0bnext_number\x18\x02 \x01(\x04\">\n\x0bTrunkOutput\x12/\n\x0ctrunk_output\x18\x01 \x01(\x0b\x32\x19.splitfed.proto.v1.Tensor\"F\n\x0fSmashedGradient\x12\x33\n\x10smashed_gradient\x18\x01 \x01(\x0b\x32\x19.splitfed.proto.v1.Tensor\"\"\n\x07Stepped\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x01 \x01(\x04*R\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_TRAIN\x10\x01\x12\x11\n\rKIND_EVALUATE\x10\x02\x12\x11\n\rKIND_GENERATE\x10\x03\x32W\n\x08Training\x12K\n\x05Train\x12\x1f.splitfed.proto.v1.TrainRequest\x1a\x1d.splitfed.proto.v1.TrainReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n splitfed/proto/v1/training.proto\x12\x11splitfed.proto.v1\x1a\x1esplitfed/proto/v1/tensor.proto\"\x86\x02\n\x0cTrainRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12,\n\x04open\x18\x02 \x01(\x0b\x32\x1c.splitfed.proto.v1.OpenRoundH\x00\x12-\n\x07\x66orward\x18\x03 \x01(\x0b\x32\x1a.splitfed.proto.v1.ForwardH\x00\x12/\n\x08\x62\x61\x63kward\x18\x04 \x01(\x0b\x32\x1b.splitfed.proto.v1.BackwardH\x00\x12\'\n\x04step\x18\x05 \x01(\x0b\x32\x17.splitfed.proto.v1.StepH\x00\x12\x0f\n\x05\x63hunk\x18\x06 \x01(\x0cH\x00\x12\x16\n\x0ereceived_below\x18\x07 \x01(\x04\x42\x06\n\x04\x62ody\"\x85\x01\n\tOpenRound\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07session\x18\x05 \x01(\x0c\x12\x13\n\x0b\x66irst_block\x18\x06 \x01(\r\x12\x11\n\tend_block\x18\x07 \x01(\r\"\xe2\x01\n\x07\x46orward\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.splitfed.proto.v1.Kind\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x03 \x01(\r\x12*\n\x07smashed\x18\x04 \x01(\x0b\x32\x19.splitfed.proto.v1.Tensor\x12\x16\n\x0e\x61ttention_mask\x18\x05 \x01(\x0c\x12\x14\n\x0cposition_ids\x18\x06 \x03(\r\x12\x1e\n\x16wants_smashed_gradient\x18\x07 \x01(\x08\x12\x13\n\x0bstep_tokens\x18\x08 \x01(\r\"a\n\x08\x42\x61\x63kward\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x02 \x01(\r\x12\x32\n\x0foutput_gradient\x18\x03 \x01(\x0b\x32\x19.splitfed.proto.v1.Tensor\"@\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x19\n\x0csquared_norm\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_squared_norm\"\x89\x02\n\nTrainReply\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12+\n\x06opened\x18\x02 \x01(\x0b\x32\x19.splitfed.proto.v1.OpenedH\x00\x12\x36\n\x0ctrunk_output\x18\x03 \x01(\x0b\x32\x1e.splitfed.proto.v1.TrunkOutputH\x00\x12>\n\x10smashed_gradient\x18\x04 \x01(\x0b\x32\".splitfed.proto.v1.SmashedGradientH\x00\x12-\n\x07stepped\x18\x05 \x01(\x0b\x32\x1a.splitfed.proto.v1.SteppedH\x00\x12\x0f\n\x05\x63hunk\x18\x06 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\".\n\x06Opened\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x13\n\x0bnext_number\x18\x02 \x01(\x04\">\n\x0bTrunkOutput\x12/\n\x0ctrunk_output\x18\x01 \x01(\x0b\x32\x19.splitfed.proto.v1.Tensor\"F\n\x0fSmashedGradient\x12\x33\n\x10smashed_gradient\x18\x01 \x01(\x0b\x32\x19.splitfed.proto.v1.Tensor\"8\n\x07Stepped\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x01 \x01(\x04\x12\x14\n\x0csquared_norm\x18\x02 \x01(\x01*R\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_TRAIN\x10\x01\x12\x11\n\rKIND_EVALUATE\x10\x02\x12\x11\n\rKIND_GENERATE\x10\x03\x32W\n\x08Training\x12K\n\x05Train\x12\x1f.splitfed.proto.v1.TrainRequest\x1a\x1d.splitfed.proto.v1.TrainReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'splitfed.proto.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KIND']._serialized_start=1305
-  _globals['_KIND']._serialized_end=1387
+  _globals['_KIND']._serialized_start=1392
+  _globals['_KIND']._serialized_end=1474
   _globals['_TRAINREQUEST']._serialized_start=88
   _globals['_TRAINREQUEST']._serialized_end=350
   _globals['_OPENROUND']._serialized_start=353
   _globals['_OPENROUND']._serialized_end=486
   _globals['_FORWARD']._serialized_start=489
-  _globals['_FORWARD']._serialized_end=694
-  _globals['_BACKWARD']._serialized_start=696
-  _globals['_BACKWARD']._serialized_end=793
-  _globals['_STEP']._serialized_start=795
-  _globals['_STEP']._serialized_end=815
-  _globals['_TRAINREPLY']._serialized_start=818
-  _globals['_TRAINREPLY']._serialized_end=1083
-  _globals['_OPENED']._serialized_start=1085
-  _globals['_OPENED']._serialized_end=1131
-  _globals['_TRUNKOUTPUT']._serialized_start=1133
-  _globals['_TRUNKOUTPUT']._serialized_end=1195
-  _globals['_SMASHEDGRADIENT']._serialized_start=1197
-  _globals['_SMASHEDGRADIENT']._serialized_end=1267
-  _globals['_STEPPED']._serialized_start=1269
-  _globals['_STEPPED']._serialized_end=1303
-  _globals['_TRAINING']._serialized_start=1389
-  _globals['_TRAINING']._serialized_end=1476
+  _globals['_FORWARD']._serialized_end=715
+  _globals['_BACKWARD']._serialized_start=717
+  _globals['_BACKWARD']._serialized_end=814
+  _globals['_STEP']._serialized_start=816
+  _globals['_STEP']._serialized_end=880
+  _globals['_TRAINREPLY']._serialized_start=883
+  _globals['_TRAINREPLY']._serialized_end=1148
+  _globals['_OPENED']._serialized_start=1150
+  _globals['_OPENED']._serialized_end=1196
+  _globals['_TRUNKOUTPUT']._serialized_start=1198
+  _globals['_TRUNKOUTPUT']._serialized_end=1260
+  _globals['_SMASHEDGRADIENT']._serialized_start=1262
+  _globals['_SMASHEDGRADIENT']._serialized_end=1332
+  _globals['_STEPPED']._serialized_start=1334
+  _globals['_STEPPED']._serialized_end=1390
+  _globals['_TRAINING']._serialized_start=1476
+  _globals['_TRAINING']._serialized_end=1563
 # @@protoc_insertion_point(module_scope)

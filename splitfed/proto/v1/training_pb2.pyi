@@ -56,7 +56,7 @@ class OpenRound(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., client: _Optional[str] = ..., agent_id: _Optional[bytes] = ..., round: _Optional[int] = ..., session: _Optional[bytes] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("kind", "step", "micro_batch", "smashed", "attention_mask", "position_ids", "wants_smashed_gradient")
+    __slots__ = ("kind", "step", "micro_batch", "smashed", "attention_mask", "position_ids", "wants_smashed_gradient", "step_tokens")
     KIND_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class Forward(_message.Message):
     ATTENTION_MASK_FIELD_NUMBER: _ClassVar[int]
     POSITION_IDS_FIELD_NUMBER: _ClassVar[int]
     WANTS_SMASHED_GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     kind: Kind
     step: int
     micro_batch: int
@@ -71,7 +72,8 @@ class Forward(_message.Message):
     attention_mask: bytes
     position_ids: _containers.RepeatedScalarFieldContainer[int]
     wants_smashed_gradient: bool
-    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., smashed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., wants_smashed_gradient: _Optional[bool] = ...) -> None: ...
+    step_tokens: int
+    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., smashed: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., attention_mask: _Optional[bytes] = ..., position_ids: _Optional[_Iterable[int]] = ..., wants_smashed_gradient: _Optional[bool] = ..., step_tokens: _Optional[int] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("step", "micro_batch", "output_gradient")
@@ -84,10 +86,12 @@ class Backward(_message.Message):
     def __init__(self, step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., output_gradient: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step",)
+    __slots__ = ("step", "squared_norm")
     STEP_FIELD_NUMBER: _ClassVar[int]
+    SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
     step: int
-    def __init__(self, step: _Optional[int] = ...) -> None: ...
+    squared_norm: float
+    def __init__(self, step: _Optional[int] = ..., squared_norm: _Optional[float] = ...) -> None: ...
 
 class TrainReply(_message.Message):
     __slots__ = ("number", "opened", "trunk_output", "smashed_gradient", "stepped", "chunk")
@@ -126,7 +130,9 @@ class SmashedGradient(_message.Message):
     def __init__(self, smashed_gradient: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Stepped(_message.Message):
-    __slots__ = ("adapter_version",)
+    __slots__ = ("adapter_version", "squared_norm")
     ADAPTER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
     adapter_version: int
-    def __init__(self, adapter_version: _Optional[int] = ...) -> None: ...
+    squared_norm: float
+    def __init__(self, adapter_version: _Optional[int] = ..., squared_norm: _Optional[float] = ...) -> None: ...

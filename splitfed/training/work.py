@@ -1,0 +1,24 @@
+"""Work that stops where it needs an answer, so that one thread can carry several clients on in turn."""
+
+from collections.abc import Generator
+from concurrent.futures import Future, wait
+from typing import Any, TypeAlias, TypeVar
+
+R = TypeVar("R")
+
+Work: TypeAlias = Generator[Future[Any], None, R]
+"""Yields a future that has to be done before it is carried on; what it returns is its result."""
+
+
+def done(work: Work[R]) -> R:
+    """Carry work on to its end, waiting wherever it does.
+
+    Args:
+        work: The work, at its beginning or anywhere later.
+    """
+    while True:
+        try:
+            wait([next(work)])
+        except StopIteration as end:
+            result: R = end.value
+            return result
