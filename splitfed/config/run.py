@@ -89,10 +89,59 @@ class FederationSection(Section):
 
     agents: Annotated[int, Field(ge=1)] = 1
     """Agents to wait for before the first round starts."""
+    population: Annotated[int, Field(ge=1)] | None = None
+    """Most agents that may ever take part, some of them from a later round on; left out = agents."""
+    cohort: Annotated[int, Field(ge=1)] | None = None
+    """Agents per round, drawn anew for each from those that are here; left out = all that are here."""
+    over_selection: Annotated[int, Field(ge=0)] = 0
+    """Agents asked beyond the cohort: a round is over with the first cohort updates, and the rest are late."""
+    quorum: Annotated[int, Field(ge=1)] = 1
+    """Updates below which no round is over, whoever is missing."""
+    straggler_margin: Annotated[float, Field(ge=1)] | None = None
+    """How many times the median agent's time a round waits for the others; left out = until agent_timeout_s."""
+    late_updates: Literal["drop", "merge"] = "drop"
+    """What becomes of an update whose round is over: nothing, or its change counts in the round that it comes in."""
     variant: Literal["sflv1"] = "sflv1"
     """"sflv1": each agent has its own trunk adapter during a round; the copies are averaged at its end."""
     agent_timeout_s: Annotated[float, Field(gt=0)] = 300
     """Seconds without progress after which an agent is taken to be gone."""
+
+    @field_validator("population")
+    @classmethod
+    def _holds_the_agents(cls, value: int | None, info: ValidationInfo) -> int | None:
+        agents = info.data.get("agents")
+        if value is not None and agents is not None and value < agents:
+            raise ValueError(f"is {value}, fewer than agents = {agents}; raise it, or leave it out")
+        return value
+
+    @field_validator("cohort")
+    @classmethod
+    def _fits_the_population(cls, value: int | None, info: ValidationInfo) -> int | None:
+        population = info.data.get("population") or info.data.get("agents")
+        if value is not None and population is not None and value > population:
+            raise ValueError(f"is {value}, more than may ever take part ({population}); lower it, or raise population")
+        return value
+
+    @field_validator("over_selection")
+    @classmethod
+    def _leaves_someone_to_ask(cls, value: int, info: ValidationInfo) -> int:
+        cohort, population = info.data.get("cohort"), info.data.get("population") or info.data.get("agents")
+        if value and cohort is None and "cohort" in info.data:
+            raise ValueError(f"is {value}, but without a cohort everyone is asked; set cohort, or leave it out")
+        if value and cohort is not None and population is not None and cohort + value > population:
+            raise ValueError(
+                f"is {value}, which with cohort = {cohort} asks more than may ever take part ({population}); lower it"
+            )
+        return value
+
+    @field_validator("quorum")
+    @classmethod
+    def _can_be_met(cls, value: int, info: ValidationInfo) -> int:
+        for name in ("cohort", "agents"):
+            most = info.data.get(name)
+            if most is not None and value > most:
+                raise ValueError(f"is {value}, more than {name} = {most}: no round would ever be over; lower it")
+        return value
 
 
 class CodecSection(Section):

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from splitfed.federation.late import LateUpdates
+from splitfed.federation.members import Members, Place
+from splitfed.federation.open_round import OpenRound, RoundPolicy
+from splitfed.federation.pace import WatchedClock
+
 
 class Phase(Enum):
     """Where a run stands."""
@@ -12,57 +17,52 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
-class _Place(Enum):
-    """Where a member is: taking part, silent or not back yet, or gone by its own word."""
-
-    HERE = "here"
-    SILENT = "silent"
-    LEFT = "left"
-    LEFT_FOR_GOOD = "left for good"
-
-
-@dataclass
-class _Member:
-    weight: int
-    last_progress_s: float
-    place: _Place = _Place.HERE
-
-    @property
-    def is_here(self) -> bool:
-        return self.place is _Place.HERE
-
-
 @dataclass
 class Rounds:
     """The rounds of one run.
 
-    A round opens when the configured number of agents has joined. It is over when every member that still makes
-    progress has submitted, at least one; a member that is silent for `timeout_s` is left out of the round and may come
-    back in the next one. A member that leaves is not waited for at all, and an update that it submitted before counts;
-    it may come back by joining again, unless it left for good.
+    The first round opens when the configured number of agents has joined, each further one when the one before is
+    written; `RoundPolicy` says who is asked to take part. A round is over when every member that was asked and still
+    makes progress has submitted, or enough have, but never below the quorum. A member that is silent for `timeout_s` is
+    left out of the round and may come back in the next one. A member that leaves is not waited for at all, and an
+    update that it submitted before counts; it may come back by joining again, unless it left for good. A member that is
+    at work on a round that was closed without it is late: its update is refused, or taken once in a later round.
 
     Attributes:
         agents: Agents to wait for.
         rounds: Rounds in the run.
         timeout_s: Seconds without progress after which a member is left out.
         committed: Rounds that are over.
+        population: Agents that may ever join; None: the agents that are waited for.
+        policy: Who is asked, and when a round is over.
+
+    Guarantees:
+        * No round is over below its quorum.
+        * An update is counted at most once, in the round that it was made in or, late, in one after it.
+        * Who is asked as a round opens is a function of the seed, the round and who is here.
+        * While at least half of those that were asked are at work, nobody is cut off.
     """
 
     agents: int
     rounds: int
     timeout_s: float
     committed: int = 0
-    _members: dict[str, _Member] = field(default_factory=dict)
-    _submitted: set[str] = field(default_factory=set)
-    _is_open: bool = False
-    _is_closed: bool = False
+    population: int | None = None
+    policy: RoundPolicy = field(default_factory=RoundPolicy)
+    _round: OpenRound | None = None
+    _late: LateUpdates = field(default_factory=LateUpdates)
+    _now_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._members = Members(self.agents, self.population or self.agents)
+        self._clock = WatchedClock(self.policy.longest_look_s)
 
     @property
     def phase(self) -> Phase:
         """Where the run stands."""
         if self.committed >= self.rounds:
             return Phase.FINISHED
-        return Phase.OPEN if self._is_open else Phase.WAITING
+        return Phase.WAITING if self._round is None else Phase.OPEN
 
     @property
     def current(self) -> int:
@@ -72,23 +72,51 @@ class Rounds:
     @property
     def members(self) -> list[str]:
         """Every agent that ever joined, in the order of names."""
-        return sorted(self._members)
+        return self._members.names
 
     @property
     def joined(self) -> int:
         """Members that are here."""
-        return sum(member.is_here for member in self._members.values())
+        return len(self._members.here)
 
     @property
     def is_abandoned(self) -> bool:
-        """Every agent of the run left it for good, and no update of the open round waits to be written."""
-        left = [member.place is _Place.LEFT_FOR_GOOD for member in self._members.values()]
-        return self.phase is not Phase.FINISHED and not self._submitted and len(left) == self.agents and all(left)
+        """So many agents left the run for good that no round can have its quorum any more."""
+        if self.phase is Phase.FINISHED:
+            return False
+        submitted = set() if self._round is None else self._round.submitted
+        room = self._members.population - len(self._members)
+        return len(submitted | self._members.may_come) + room < self.policy.quorum
+
+    @property
+    def selected(self) -> list[str]:
+        """Members that were asked to take part in the open round, in the order of names."""
+        return [] if self._round is None else sorted(self._round.asked)
 
     @property
     def submitted(self) -> list[str]:
         """Members whose update of the open round is here, in the order of names."""
-        return sorted(self._submitted)
+        return [] if self._round is None else sorted(self._round.submitted)
+
+    @property
+    def merged(self) -> dict[str, int]:
+        """Members whose late update is taken in the open round, and the round that it was made in."""
+        return dict(sorted(self._late.merged.items()))
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """Members that went from the open round, and who was asked in their stead."""
+        return {} if self._round is None else dict(self._round.replaced)
+
+    @property
+    def late(self) -> list[str]:
+        """Members that are at work on the open round, which was closed without them, in the order of names."""
+        return sorted(self._late.closed_without)
+
+    @property
+    def dropped(self) -> list[str]:
+        """Members whose late update was given up in the open round, in the order of names."""
+        return sorted(self._late.dropped)
 
     def weight(self, client: str) -> int:
         """Give a member's weight in every mean."""
@@ -96,12 +124,11 @@ class Rounds:
 
     def restore(self, weights: dict[str, int], now_s: float) -> None:
         """Take up the members of a run that goes on; they count as here once they join again."""
-        for client, weight in weights.items():
-            self._members[client] = _Member(weight, now_s, _Place.SILENT)
+        self._members.restore(weights, now_s)
 
     def can_join(self, client: str) -> bool:
         """Say whether there is room for this agent, or it is a member already."""
-        return client in self._members or len(self._members) < self.agents
+        return self._members.can_join(client)
 
     def join(self, client: str, weight: int, now_s: float) -> None:
         """Take an agent in, or back in. The first round opens with the last agent that was waited for.
@@ -109,12 +136,12 @@ class Rounds:
         Raises:
             ValueError: If the run has its agents already, or this one left for good.
         """
-        if not self.can_join(client):
-            raise ValueError(f"The run has all its agents ({self.agents}); {client!r} is not one of them.")
-        if self.has_left_for_good(client):
-            raise ValueError(f"{client!r} left the run for good.")
-        self._members[client] = _Member(weight, now_s)
-        self._open_if_all_are_here()
+        self._members.join(client, weight, now_s)
+        self._late.give_up(client)
+        if self._round is not None and client in self._round.asked:
+            self._round.asked[client].note(self._look(now_s), steps=0)  # it runs the round from its beginning
+        self._open_if_all_are_here(now_s)
+        self._ask(now_s)
 
     def leave(self, client: str, now_s: float, *, for_good: bool) -> bool:
         """Note that a member goes of its own accord; that it leaves for good it cannot take back.
@@ -125,53 +152,80 @@ class Rounds:
         Returns:
             False if that was known already.
         """
-        member = self._members[client]
-        place = _Place.LEFT_FOR_GOOD if for_good else _Place.LEFT
-        if member.place in (place, _Place.LEFT_FOR_GOOD):
+        if not self._members.leave(client, now_s, for_good=for_good):
             return False
-        member.place, member.last_progress_s = place, now_s
-        self._open_if_all_are_here()
+        self._late.give_up(client)
+        self._open_if_all_are_here(now_s)
+        self._ask(now_s)
         return True
 
     def has_left(self, client: str) -> bool:
         """Say whether a member left, for good or not, and has not joined again."""
-        return self._members[client].place in (_Place.LEFT, _Place.LEFT_FOR_GOOD)
+        return self._members[client].has_left
 
     def has_left_for_good(self, client: str) -> bool:
         """Say whether an agent left for good."""
-        return client in self._members and self._members[client].place is _Place.LEFT_FOR_GOOD
+        return client in self._members and self._members[client].place is Place.LEFT_FOR_GOOD
 
-    def progress(self, client: str, now_s: float) -> None:
-        """Note that a member is at work. What still comes from one that left changes nothing: it has to join again."""
+    def progress(self, client: str, now_s: float, *, steps: int | None = None) -> None:
+        """Note that a member is at work. What still comes from one that left changes nothing: it has to join again.
+
+        Args:
+            client: The member.
+            now_s: What the clock says.
+            steps: Local steps that it has made in the round so far, where one was just made; 0 if it starts afresh.
+        """
         member = self._members[client]
-        if not self.has_left(client):
-            member.last_progress_s, member.place = now_s, _Place.HERE
+        if member.has_left:
+            return
+        member.last_progress_s, member.place = now_s, Place.HERE
+        if self._round is not None and client in self._round.asked:
+            self._round.asked[client].note(self._look(now_s), steps)
+        self._ask(now_s)
+
+    def may_start(self, client: str) -> bool:
+        """Say whether a member that is here is asked to take part in the open round, and it is its turn."""
+        return self._round is not None and self._round.may_start(client) and client in self._free()
+
+    def lateness(self, client: str) -> int | None:
+        """Give how many rounds behind the update is that a late member is still at work on; None: it is not late."""
+        made_in = self._late.waited_for.get(client)
+        return None if made_in is None else self.current - made_in
+
+    def has_missed(self, client: str, round: int) -> bool:
+        """Say whether a round was closed without this member while it was at work on it."""
+        return self._late.has_missed(client, round)
 
     def has_submitted(self, client: str) -> bool:
         """Say whether this member's update of the open round is here."""
-        return client in self._submitted
+        return self._round is not None and client in self._round.submitted
 
     def submit(self, client: str, round: int, now_s: float) -> bool:
-        """Note a member's update.
+        """Note a member's update; a late one is taken in the open round, whose quorum it does not count for.
 
         Returns:
             False if it was here already: it must not be counted again.
 
         Raises:
-            ValueError: If that round is not open.
+            ValueError: If that round is not open, and the update not one that is still waited for; or if the member has
+                no part in it.
         """
-        if self.phase is not Phase.OPEN or round != self.current:
+        if self.phase is Phase.OPEN and round < self.current and (is_new := self._late.take(client, round)) is not None:
+            self.progress(client, now_s)
+            return is_new
+        if self.has_missed(client, round) and round < self.current:
+            raise ValueError(f"Round {round} was closed without {client!r}, which was late; its update is dropped.")
+        if self._round is None or round != self.current:
             raise ValueError(f"Round {round} is not open; the run is at round {self.current} ({self.phase.value}).")
         self.progress(client, now_s)
-        if client in self._submitted:
+        if client in self._round.submitted:
             return False
-        if self._is_closed:
-            raise ValueError(f"Round {round} is closed; {client!r} takes part in the next one.")
-        self._submitted.add(client)
+        self._round.submit(client, self._look(now_s))
+        self._ask(now_s)
         return True
 
     def leave_out_silent(self, now_s: float) -> list[str]:
-        """Leave out the members of the open round that were silent for too long.
+        """Leave out the members at work that were silent for too long.
 
         Where too few are left to open a round at all, the silent ones are left out of the wait as well.
 
@@ -180,36 +234,59 @@ class Rounds:
         """
         if self.phase is Phase.FINISHED or len(self._members) < self.agents:
             return []
-        silent = [
-            client
-            for client, member in sorted(self._members.items())
-            if member.is_here and client not in self._submitted and now_s - member.last_progress_s > self.timeout_s
-        ]
+        if self._round is None:
+            if self.joined >= self.policy.quorum and self._members.are_others_silent(now_s, self.timeout_s):
+                self._open(now_s)
+            return []
+        at_work = self._round.at_work(self._free()) | (self._late.waited_for.keys() & self._members.here)
+        silent = sorted(c for c in at_work if now_s - self._members[c].last_progress_s > self.timeout_s)
         for client in silent:
-            self._members[client].place = _Place.SILENT
-        if self.phase is Phase.WAITING and self.joined and self._all_silent_since(now_s):
-            self._is_open = True
+            self._members[client].place = Place.SILENT
+            self._late.give_up(client)
+        self._ask(now_s)
         return silent
 
+    def cut_off_stragglers(self, now_s: float) -> list[str]:
+        """Wait no longer for members of the open round that take too long; they may still submit before it is closed.
+
+        Returns:
+            Those that were cut off by this call, in the order of names.
+        """
+        if self._round is None:
+            return []
+        late = self._round.cut_off_stragglers(self._free(), self._look(now_s))
+        self._ask(now_s)
+        return late
+
     def is_complete(self) -> bool:
-        """Say whether the open round has every update that it waits for, and at least one."""
-        if self._is_closed:
-            return True
-        waited_for = {client for client, member in self._members.items() if member.is_here}
-        return self.phase is Phase.OPEN and bool(self._submitted) and waited_for <= self._submitted
+        """Say whether the open round has every update that it waits for, and its quorum."""
+        return self._round is not None and self._round.is_complete(self._free())
 
     def close(self) -> None:
         """Take no more updates: whoever comes back while the round is being written takes part in the next one.
 
+        Whoever is at work is late; a member that gave no sign of life at all in the round is silent.
+
         Raises:
             ValueError: If it still waits for someone.
         """
-        if not self.is_complete():
+        if self._round is None or not self.is_complete():
             raise ValueError(f"Round {self.current} still waits for updates.")
-        self._is_closed = True
+        if self._round.is_closed:
+            return
+        for client in self._round.close(self._free()):
+            pace = self._round.asked[client]
+            if pace.has_moved:
+                can_be_merged = bool(pace.steps) and self.current < self.rounds
+                self._late.miss(client, self.current, is_waited_for=self.policy.merges_late and can_be_merged)
+            else:
+                self._members[client].place = Place.SILENT
 
-    def commit(self) -> int:
+    def commit(self, now_s: float | None = None) -> int:
         """Open the next round, now that this one is written.
+
+        Args:
+            now_s: What the clock says; None: what it said last.
 
         Returns:
             The round that is over.
@@ -219,18 +296,35 @@ class Rounds:
         """
         self.close()
         self.committed += 1
-        self._submitted.clear()
-        self._is_closed = False
+        self._late.begin_round()
+        self._round = None
+        if self.phase is not Phase.FINISHED:
+            self._open(self._now_s if now_s is None else now_s)
         return self.committed
 
-    def _open_if_all_are_here(self) -> None:
+    def _open_if_all_are_here(self, now_s: float) -> None:
         """Open the first round once every agent is here, save those that left for good."""
-        awaited = [member for member in self._members.values() if member.place is not _Place.LEFT_FOR_GOOD]
-        if awaited and len(self._members) == self.agents and all(member.is_here for member in awaited):
-            self._is_open = True
+        if self._round is None and self._members.are_all_here():
+            self._open(now_s)
 
-    def _all_silent_since(self, now_s: float) -> bool:
-        return all(
-            member.place in (_Place.HERE, _Place.LEFT_FOR_GOOD) or now_s - member.last_progress_s > self.timeout_s
-            for member in self._members.values()
-        )
+    def _open(self, now_s: float) -> None:
+        self._round = OpenRound(self.current, self.policy)
+        self._note_start(self._round.open(self._free(), self._look(now_s)), now_s)
+
+    def _ask(self, now_s: float) -> None:
+        now_watched_s = self._look(now_s)
+        if self._round is not None:
+            self._note_start(self._round.ask(self._free(), now_watched_s), now_s)
+
+    def _note_start(self, started: list[str], now_s: float) -> None:
+        """Wait for those that may start from now on, however long ago they were last heard of."""
+        for client in started:
+            self._members[client].last_progress_s = max(now_s, self._members[client].last_progress_s)
+
+    def _free(self) -> set[str]:
+        """Give those that could take part in the open round: here, and done with an update of an earlier one."""
+        return self._members.here - self._late.busy
+
+    def _look(self, now_s: float) -> float:
+        self._now_s = now_s
+        return self._clock.look(now_s)
