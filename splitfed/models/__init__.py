@@ -10,9 +10,12 @@ from splitfed.models.adapters import (
 from splitfed.models.base import resolve_base
 from splitfed.models.checkpoint import Checkpoint, TensorIdentity
 from splitfed.models.export import check_adapter, export_adapter
+from splitfed.models.factors import set_trained_factors, trained_parameters
 from splitfed.models.fingerprint import canonical_config, tensor_hashes
 from splitfed.models.lora import LoraSettings, adapter_shapes
 from splitfed.models.partition import Bottom, Partition, Segment, Top, Trunk, partition
+from splitfed.models.ranks import adapter_ranks, settings_of
+from splitfed.models.residual import load_residual, residual_parameters
 from splitfed.models.shell import load_config, load_shell
 from splitfed.models.weights import load_bottom_and_top, load_trunk, segment_tensor_names
 
@@ -26,6 +29,7 @@ __all__ = [
     "Top",
     "Trunk",
     "adapter_parameters",
+    "adapter_ranks",
     "adapter_shapes",
     "adapter_state",
     "add_adapter",
@@ -36,10 +40,15 @@ __all__ = [
     "load_adapter_state",
     "load_bottom_and_top",
     "load_config",
+    "load_residual",
     "load_shell",
     "load_trunk",
     "partition",
+    "residual_parameters",
     "resolve_base",
     "segment_tensor_names",
+    "set_trained_factors",
+    "settings_of",
     "tensor_hashes",
+    "trained_parameters",
 ]

@@ -8,8 +8,8 @@ Shapes: R rank, I input features, O output features.
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,14 +17,13 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from splitfed.models.factors import TRAINED_ADAPTER, segment_factors
 from splitfed.models.lora import LoraSettings, adapter_shapes, check_targets, peft_config, target_layers
+from splitfed.models.residual import add_residual
 from splitfed.models.segment import Segment
 
-_ADAPTER_NAME = "default"
-_INFIX = re.compile(rf"\.lora_(A|B)\.{_ADAPTER_NAME}\.weight$")
 
-
-def add_adapter(segment: Segment, lora: LoraSettings, *, seed: int) -> None:
+def add_adapter(segment: Segment, lora: LoraSettings, *, seed: int, residual_rank: int = 0) -> None:
     """Put a LoRA adapter on a segment, in place, and freeze everything else in it.
 
     The base parameters are shared with the whole model, so they are frozen there too.
@@ -33,16 +32,24 @@ def add_adapter(segment: Segment, lora: LoraSettings, *, seed: int) -> None:
         segment: The segment; one without blocks gets no adapter.
         lora: Size and place of the adapter.
         seed: The run's seed.
+        residual_rank: Rank of a second adapter, of zeros and frozen (see `load_residual`); 0 for none.
 
     Raises:
-        ValueError: If no layer of the whole model's blocks is called as one of ``lora.targets``.
+        ValueError: If no layer of the whole model's blocks is called as one of ``lora.targets``, or a rank is not
+            possible.
     """
+    if residual_rank < 0:
+        raise ValueError(f"The residual cannot have rank {residual_rank}; give 1 or more, or 0 for no residual.")
     segment.model.requires_grad_(False)
     check_targets(lora, segment.adaptable_names)
-    if not target_layers(segment.model, lora):
+    layers = {name: segment.whole_model_name(name) for name in target_layers(segment.model, lora)}
+    if not layers:
         return
-    config = peft_config(segment.model, lora)
-    inject_adapter_in_model(config, segment.model, adapter_name=_ADAPTER_NAME)
+    ranks = {name: lora.ranks[whole] for name, whole in layers.items() if whole in lora.ranks}
+    config = peft_config(segment.model, replace(lora, ranks=ranks))
+    inject_adapter_in_model(config, segment.model, adapter_name=TRAINED_ADAPTER)
+    if residual_rank:
+        add_residual(segment, lora, residual_rank)
     for key, parameter in adapter_parameters(segment).items():
         parameter.data = initial_factor(key, parameter.shape, seed=seed)  # float32, whatever the base's dtype
         parameter.requires_grad_(True)
@@ -57,11 +64,7 @@ def adapter_parameters(segment: Segment) -> dict[str, nn.Parameter]:
     Returns:
         Keys such as ``model.layers.3.self_attn.q_proj.lora_A.weight``: A is [R, I] and B is [O, R].
     """
-    return {
-        _INFIX.sub(r".lora_\1.weight", segment.whole_model_name(name)): parameter
-        for name, parameter in segment.model.named_parameters()
-        if _INFIX.search(name)
-    }
+    return segment_factors(segment, TRAINED_ADAPTER)
 
 
 def adapter_state(segment: Segment) -> dict[str, Tensor]:

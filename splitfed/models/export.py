@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from splitfed.models.lora import LoraSettings, adapter_shapes, peft_config
+from splitfed.models.ranks import settings_of
 from splitfed.models.shell import load_shell
 
 _PREFIX = "base_model.model."  # peft's wrapping, as PeftModel saves it
@@ -18,10 +19,12 @@ def export_adapter(
 ) -> None:
     """Write an adapter that ``PeftModel.from_pretrained(base, folder)`` loads.
 
+    Layers whose rank is not the usual one are named in the configuration's ``rank_pattern`` and ``alpha_pattern``.
+
     Args:
         folder: Where to write; made if it is not there.
-        state: The adapter of the whole model, by whole-model key.
-        lora: Its size and place.
+        state: The adapter of the whole model, by whole-model key; each layer may have a rank of its own.
+        lora: Its place and its scale, alpha / rank.
         base_folder: Configuration of the base model.
         base_name: What the adapter's configuration calls the base model.
 
@@ -30,6 +33,7 @@ def export_adapter(
         WeightsError: If the base model's configuration cannot be read.
     """
     shell = load_shell(base_folder)
+    lora = settings_of(state, lora)
     check_adapter(state, adapter_shapes(shell, lora))
     config = peft_config(shell, lora)
     config.base_model_name_or_path = base_name

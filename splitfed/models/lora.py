@@ -3,7 +3,8 @@
 Shapes: R rank, I input features, O output features.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from peft import LoraConfig
 from torch import nn
@@ -24,12 +25,30 @@ class LoraSettings:
         dropout: Probability of dropping an input of the adapter, in [0, 1).
         targets: Last name components of the layers to adapt; None for every linear layer of the blocks, or what
             ``families`` lists for the family.
+        ranks: Layers with another rank than R, by their name in the whole model; their update has the same scale.
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def alpha_at(self, rank: int) -> float:
+        """The alpha with which an update of another rank has the same scale.
+
+        Args:
+            rank: The other rank, 1 or more.
+        """
+        return self.alpha * rank / self.rank
+
+    def at_rank(self, rank: int) -> "LoraSettings":
+        """The same adapter at another rank in all layers: for a client that can hold less, or a sum of adapters.
+
+        Args:
+            rank: The rank, 1 or more.
+        """
+        return replace(self, rank=rank, alpha=self.alpha_at(rank), ranks={})
 
 
 def adapter_shapes(source: Segment | PreTrainedModel, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -43,7 +62,8 @@ def adapter_shapes(source: Segment | PreTrainedModel, lora: LoraSettings) -> dic
         Shapes by whole-model key.
 
     Raises:
-        ValueError: If no layer of the whole model's blocks is called as one of ``lora.targets``.
+        ValueError: If no layer of the whole model's blocks is called as one of ``lora.targets``, or a rank is given for
+            a layer that is not adapted.
     """
     if isinstance(source, Segment):
         check_targets(lora, source.adaptable_names)
@@ -54,8 +74,9 @@ def adapter_shapes(source: Segment | PreTrainedModel, lora: LoraSettings) -> dic
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
         n_inputs, n_outputs = _layer_size(layer)
-        shapes[f"{name}.lora_A.weight"] = (lora.rank, n_inputs)
-        shapes[f"{name}.lora_B.weight"] = (n_outputs, lora.rank)
+        rank = lora.ranks.get(name, lora.rank)
+        shapes[f"{name}.lora_A.weight"] = (rank, n_inputs)
+        shapes[f"{name}.lora_B.weight"] = (n_outputs, rank)
     return shapes
 
 
@@ -83,7 +104,7 @@ def peft_config(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
 
     Args:
         model: A segment's model, or the whole one, on any device.
-        lora: Size and place of the adapter.
+        lora: Size and place of the adapter, with the ranks of single layers by their names in ``model``.
     """
     layers = target_layers(model, lora)
     components = {name.rpartition(".")[2] for name in layers}
@@ -91,6 +112,8 @@ def peft_config(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
+        rank_pattern=dict(lora.ranks),
+        alpha_pattern={name: lora.alpha_at(rank) for name, rank in lora.ranks.items()},
         lora_dropout=lora.dropout,
         target_modules=sorted(components if matched == layers.keys() else layers),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
@@ -100,14 +123,15 @@ def peft_config(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
 
 
 def check_targets(lora: LoraSettings, present: frozenset[str]) -> None:
-    """Refuse a target which no layer has for a name.
+    """Refuse a target which no layer has for a name, and a rank of a layer which is none of the targets.
 
     Args:
         lora: Size and place of the adapter.
         present: Names to choose among.
 
     Raises:
-        ValueError: If one of ``lora.targets`` is not among them.
+        ValueError: If one of ``lora.targets`` is not among them, or a layer of ``lora.ranks`` is not called as a
+            target, or has a rank below 1.
     """
     unknown = sorted(set(lora.targets or ()) - present)
     if unknown:
@@ -115,6 +139,12 @@ def check_targets(lora: LoraSettings, present: frozenset[str]) -> None:
             f"No layer of the blocks that LoRA can adapt is called {unknown[0]!r}, which is among its targets; "
             f"choose among {', '.join(sorted(present))}."
         )
+    for name, rank in lora.ranks.items():
+        if name.rpartition(".")[2] not in (present if lora.targets is None else lora.targets) or rank < 1:
+            raise ValueError(
+                f"The layer {name!r} cannot have rank {rank}; give ranks of 1 or more, for layers that are adapted, by "
+                "their full names."
+            )
 
 
 def _layer_size(layer: nn.Module) -> tuple[int, int]:

@@ -132,6 +132,17 @@ def test_dropout_and_scale_are_the_settings(parts: Partition) -> None:
     assert layer.scaling["default"] == 8.0 / 4
 
 
+def test_layers_start_at_their_own_rank_with_the_runs_numbers_and_scale(parts: Partition) -> None:
+    lora = replace(LORA, ranks={"model.layers.2.self_attn.q_proj": 16})
+    add_adapter(parts.trunk, lora, seed=1)
+    state = adapter_state(parts.trunk)
+    assert torch.equal(state[KEY], initial_factor(KEY, (16, 32), seed=1))
+    other = KEY.replace("q_proj", "k_proj")
+    assert torch.equal(state[other], initial_factor(other, (4, 32), seed=1))
+    attention = parts.trunk.model.model.layers[1].self_attn
+    assert attention.q_proj.scaling["default"] == attention.k_proj.scaling["default"] == 8.0 / 4
+
+
 def test_a_state_is_loaded_whole_or_not_at_all(parts: Partition) -> None:
     add_adapter(parts.trunk, LORA, seed=0)
     before = adapter_state(parts.trunk)

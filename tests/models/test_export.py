@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,24 @@ def test_a_state_that_is_not_the_models_adapter_is_refused_and_nothing_written(b
     with pytest.raises(ValueError, match=r"no tensor 'model\.layers\.3\.self_attn\.v_proj\.lora_B\.weight'"):
         export_adapter(tmp_path / "adapter", state, LORA, base_folder=base, base_name="org/base")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_layers_with_a_rank_of_their_own_are_named_in_full_and_others_not_at_all(base: Path, tmp_path: Path) -> None:
+    lora = replace(LORA, ranks={"model.layers.1.self_attn.q_proj": 16})
+    state = initial_adapter(tiny_model("llama"), lora, seed=0)
+    export_adapter(tmp_path / "adapter", state, LORA, base_folder=base, base_name="org/base")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (4, 8.0)
+    assert settings["rank_pattern"] == {"model.layers.1.self_attn.q_proj": 16}
+    assert settings["alpha_pattern"] == {"model.layers.1.self_attn.q_proj": 32.0}
+
+
+def test_an_adapter_of_one_other_rank_needs_no_pattern(base: Path, tmp_path: Path) -> None:
+    state = initial_adapter(tiny_model("llama"), LORA.at_rank(6), seed=0)
+    export_adapter(tmp_path / "adapter", state, LORA, base_folder=base, base_name="org/base")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (6, 12.0)
+    assert settings["rank_pattern"] == settings["alpha_pattern"] == {}
 
 
 def test_a_received_adapter_has_exactly_the_expected_tensors() -> None:
