@@ -17,6 +17,7 @@ from splitfed.models.partition import Bottom, Partition, Segment, Top, Trunk, pa
 from splitfed.models.ranks import adapter_ranks, settings_of
 from splitfed.models.residual import load_residual, residual_parameters
 from splitfed.models.shell import load_config, load_shell
+from splitfed.models.slices import trunk_slice
 from splitfed.models.weights import load_bottom_and_top, load_trunk, segment_tensor_names
 
 __all__ = [
@@ -51,4 +52,5 @@ __all__ = [
     "settings_of",
     "tensor_hashes",
     "trained_parameters",
+    "trunk_slice",
 ]
