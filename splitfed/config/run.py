@@ -101,10 +101,26 @@ class FederationSection(Section):
     """How many times the median agent's time a round waits for the others; left out = until agent_timeout_s."""
     late_updates: Literal["drop", "merge"] = "drop"
     """What becomes of an update whose round is over: nothing, or its change counts in the round that it comes in."""
-    variant: Literal["sflv1"] = "sflv1"
-    """"sflv1": each agent has its own trunk adapter during a round; the copies are averaged at its end."""
+    variant: Literal["sflv1", "sflv2", "parallel", "async"] = "sflv1"
+    """How agents share the trunk's adapter in a round: "sflv1": each has its own copy, and the copies are averaged;
+    "sflv2": it goes from agent to agent; "parallel": all train it in joint steps; "async": each at its own pace."""
+    max_staleness: Annotated[int, Field(ge=0)] | None = None
+    """With variant = "async": steps of others that may come between an agent's forward and its step; left out = four
+    times the agents of the round."""
+    staleness_exponent: Annotated[float, Field(ge=0)] = 0.5
+    """With variant = "async": a step with s others in between moves by (1 + s) ** -exponent of the learning rate."""
+    merge_ends: Literal["round", "step"] = "round"
+    """When bottom and top are merged: their adapters once a round or, with variant = "parallel", their gradients at
+    every step."""
     agent_timeout_s: Annotated[float, Field(gt=0)] = 300
     """Seconds without progress after which an agent is taken to be gone."""
+
+    @field_validator("merge_ends")
+    @classmethod
+    def _has_joint_steps(cls, value: str, info: ValidationInfo) -> str:
+        if value == "step" and info.data.get("variant") not in (None, "parallel"):
+            raise ValueError('is "step", which needs variant = "parallel": other variants have no step in common')
+        return value
 
     @field_validator("population")
     @classmethod

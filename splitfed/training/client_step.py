@@ -159,6 +159,19 @@ class ClientTrainer:
         load_adapter_state(self.bottom, state)
         load_adapter_state(self.top, state)
 
+    def begin_round(self, start: Mapping[str, Tensor]) -> None:
+        """Put the adapters of bottom and top at a round's start; the optimiser's state stays.
+
+        Args:
+            start: By whole-model name.
+
+        Raises:
+            ValueError: If a tensor is missing, or has another shape.
+        """
+        self.load_adapter_state(start)
+        self.optimiser.clear_gradients()
+        self.optimiser.hold_to(start)
+
     def step(self, link: Link, examples: Sequence[Example | None], *, round: int, step: int) -> StepResult:
         """Run one local step over a link; the arguments are those of `step_work`."""
         return done(self.step_work(link, examples, round=round, step=step))

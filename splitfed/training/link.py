@@ -3,6 +3,7 @@
 Two implementations pass one contract: `InProcessLink` here, and the gRPC link of `splitfed.transport`.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from splitfed.compress import Codec, get_codec
 from splitfed.config import CodecSection
-from splitfed.training.trunk_step import TrunkTrainer
+from splitfed.training.together import TrunkCalls
+from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Kind(Enum):
@@ -119,14 +122,14 @@ class InProcessLink:
     """The link without a wire: the trunk is in this process, the codecs are the real ones.
 
     Attributes:
-        trainer: Owner of the trunk.
-        client: Whose slot of the trunk is used; it must be open.
+        calls: What runs the trunk.
+        slot: The slot that is used; it must be open.
         codecs: A codec for each direction.
         traffic: Payload bytes, with no framing.
     """
 
-    trainer: TrunkTrainer
-    client: str
+    calls: TrunkCalls
+    slot: str
     codecs: LinkCodecs
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -140,9 +143,9 @@ class InProcessLink:
         wants_smashed_gradient: bool = False,
         step_tokens: int = 0,
     ) -> Future[Tensor]:
-        """Run the trunk now; the future is done when this returns."""
-        output_BTD = self.trainer.forward(
-            self.client,
+        """Run the trunk, or wait for those that it is run together with."""
+        call = TrunkForward(
+            self.slot,
             place.step,
             place.micro_batch,
             self._send(smashed_BTD, self.codecs.smashed),
@@ -151,20 +154,23 @@ class InProcessLink:
             trains=place.kind is Kind.TRAIN,
             wants_smashed_gradient=wants_smashed_gradient,
         )
-        return _done(self._receive(output_BTD, self.codecs.trunk_output))
+        output = self.calls.forward(call, tokens=step_tokens)
+        return _then(output, lambda output_BTD: self._receive(output_BTD, self.codecs.trunk_output))
 
     def backward(self, place: Place, output_gradient_BTD: Tensor) -> Future[Tensor | None]:
-        """Run the trunk's backward now; the future is done when this returns."""
-        gradient_BTD = self.trainer.backward(
-            self.client, place.step, place.micro_batch, self._send(output_gradient_BTD, self.codecs.output_gradient)
+        """Run the trunk's backward, or wait as above."""
+        sent_BTD = self._send(output_gradient_BTD, self.codecs.output_gradient)
+        gradient = self.calls.backward(TrunkBackward(self.slot, place.step, place.micro_batch, sent_BTD))
+        return _then(
+            gradient,
+            lambda gradient_BTD: (
+                None if gradient_BTD is None else self._receive(gradient_BTD, self.codecs.smashed_gradient)
+            ),
         )
-        if gradient_BTD is None:
-            return _done(None)
-        return _done(self._receive(gradient_BTD, self.codecs.smashed_gradient))
 
     def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
-        """Apply the trunk's gradients now."""
-        return _done(self.trainer.step(self.client, step, others=squared_norm).squared_norm)
+        """Apply the trunk's gradients, or wait as above."""
+        return _then(self.calls.step(self.slot, step, squared_norm=squared_norm), lambda applied: applied.squared_norm)
 
     def _send(self, tensor: Tensor, codec: Codec) -> Tensor:
         decoded, payload_bytes = cross(tensor, codec)
@@ -187,7 +193,15 @@ def link_codecs(codecs: CodecSection) -> LinkCodecs:
     )
 
 
-def _done(value: T) -> Future[T]:
-    future: Future[T] = Future()
-    future.set_result(value)
-    return future
+def _then(asked: Future[T], change: Callable[[T], R]) -> Future[R]:
+    """Give what becomes of an answer, once it is there; an error stays what it is."""
+    changed: Future[R] = Future()
+
+    def take(done: Future[T]) -> None:
+        try:
+            changed.set_result(change(done.result()))
+        except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
+            changed.set_exception(error)
+
+    asked.add_done_callback(take)
+    return changed

@@ -67,7 +67,6 @@ class PerExampleLayers:
 
     def __init__(self, segment: Segment) -> None:
         names = {parameter: name for name, parameter in adapter_parameters(segment).items()}
-        self.shapes = {name: parameter.shape for parameter, name in names.items()}
         self._layers: list[tuple[nn.Module, str, _Sampler]] = []
         self._names = names
         self._flattens = segment.config.model_type in _FLATTENING
@@ -81,6 +80,11 @@ class PerExampleLayers:
                     f"Layer {whole_path!r} is trained without being an adapter's; freeze it, or train without DP-SGD."
                 )
             self._layers.append((layer, whole_path, _sampler_of(layer, whole_path)))
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of every parameter that is trained now, by whole-model name."""
+        return {name: parameter.shape for parameter, name in self._names.items() if parameter.requires_grad}
 
     @contextmanager
     def recording(self, input_ids_BT: Tensor) -> Iterator[RecordedPass]:
@@ -99,6 +103,7 @@ class PerExampleLayers:
         hooks = [
             layer.register_forward_hook(self._recorder(recorded, path, sampler, input_ids_BT.shape))
             for layer, path, sampler in self._layers
+            if any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
         ]
         try:
             yield recorded

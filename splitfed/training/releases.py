@@ -31,6 +31,10 @@ class Releases(Protocol):
         """Noise is on: shapes, masks and weights must then say nothing about the text either."""
 
     @property
+    def noises_adapter(self) -> bool:
+        """Adapters of bottom and top leave with noise, on every step's gradient or on the update."""
+
+    @property
     def per_example(self) -> PerExampleMechanism | None:
         """What clips each example's gradient of the device's own adapters, before they are added up; None = nothing."""
 
@@ -95,6 +99,7 @@ class OpenReleases:
     """Everything leaves as it is. Nothing is guaranteed."""
 
     is_noisy = False
+    noises_adapter = False
     per_example = None
     sampling = None
 
@@ -159,6 +164,11 @@ class LedgeredReleases:
     top_trains: bool = True
     sampling: StepSampling | None = None
     _unprotected: set[tuple[str, int]] = field(default_factory=set)
+
+    @property
+    def noises_adapter(self) -> bool:
+        """Adapters of bottom and top leave with noise, on every step's gradient or on the update."""
+        return self.per_example is not None or self.update is not None
 
     @property
     def is_noisy(self) -> bool:

@@ -1,24 +1,41 @@
 """A whole run in one process: the same client step, the same trunk step, the link without a wire."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from splitfed.config import CodecSection, LoraSection, TrainingSection
-from splitfed.federation import FixedPointMean
-from splitfed.models import Partition, adapter_state, add_adapter, export_adapter, load_adapter_state
-from splitfed.training.client_step import ClientTrainer
+from splitfed.config import CodecSection, FederationSection, LoraSection, TrainingSection
+from splitfed.config.aggregation import AggregationSection
+from splitfed.federation import Aggregator, Update, make_aggregator, merged, trained_factors
+from splitfed.federation.cohort import ranked
+from splitfed.federation.variants import Staleness, Variant, variant_of
+from splitfed.models import (
+    Partition,
+    Segment,
+    Trunk,
+    adapter_parameters,
+    adapter_state,
+    add_adapter,
+    export_adapter,
+    load_adapter_state,
+    load_residual,
+)
+from splitfed.models.factors import factor_of
 from splitfed.training.data import Example
-from splitfed.training.link import InProcessLink, LinkCodecs, link_codecs
+from splitfed.training.interleave import interleave
+from splitfed.training.link import Traffic, link_codecs
 from splitfed.training.objective import Objective
-from splitfed.training.order import step_examples
 from splitfed.training.releases import OpenReleases, Releases
-from splitfed.training.sampling import poisson_sample
 from splitfed.training.setup import lora_settings
+from splitfed.training.simulated_client import SimulatedClient, make_client
+from splitfed.training.together import FreeCalls, JointCalls, OwnCalls, TrunkCalls, at_once
 from splitfed.training.trunk_step import TrunkTrainer
+from splitfed.training.work import Work, done
+
+_SHARED = "shared"
 
 
 @dataclass
@@ -28,12 +45,20 @@ class Simulation:
     Attributes:
         lora: Size and place of the adapter.
         adapter: The whole model's adapter, by whole-model name.
-        losses: Mean loss per token of every local step, by client, over all rounds.
+        losses: Mean loss per token of every local step, by client, over all rounds it took part in.
+        traffic: What crossed each client's link, without the adapters.
+        personal: What clients kept to themselves of their adapters, by client.
+        notes: Figures of each round's aggregation.
+        oldest_step: Largest number of others' steps between the forward of a step and itself ("async").
     """
 
     lora: LoraSection
     adapter: dict[str, Tensor]
     losses: dict[str, list[float]] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    personal: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    notes: list[dict[str, float]] = field(default_factory=list)
+    oldest_step: int = 0
 
     def export(self, folder: str | Path, *, base: str | Path) -> None:
         """Write the adapter as one that ``PeftModel.from_pretrained(base, folder)`` loads.
@@ -48,77 +73,216 @@ class Simulation:
 
 
 def simulate(
-    parts: Partition,
+    parts: Partition | Mapping[str, Partition],
     tokenizer: PreTrainedTokenizerBase,
     shards: Mapping[str, Sequence[str] | Sequence[Example]],
     *,
     training: TrainingSection | None = None,
     lora: LoraSection | None = None,
     codecs: CodecSection | None = None,
+    federation: FederationSection | None = None,
+    aggregation: AggregationSection | None = None,
+    ranks: Mapping[str, int] | None = None,
+    personal: Collection[str] = (),
+    seconds: Mapping[str, float] | None = None,
     seed: int = 0,
     releases: Callable[[str], Releases] | None = None,
+    on_round: Callable[[int, Mapping[str, Tensor]], None] | None = None,
 ) -> Simulation:
-    """Fine-tune a partitioned model over clients in this process (SFLV1, FedAvg by examples).
+    """Fine-tune a partitioned model over clients in this process.
 
-    The segments get an adapter, in place, and end with the run's result.
+    Segments that are given get an adapter, in place, and end with the run's result.
 
     Args:
-        parts: The segments; without an adapter yet.
+        parts: The segments, without an adapter yet; or those of each client, cut from one model.
         tokenizer: The model's tokenizer.
         shards: Each client's texts, or its examples.
         training: Rounds, steps, batch size, optimiser; the defaults of a run file where left out.
         lora: Size and place of the adapter; as above.
         codecs: Codec of each direction; as above.
-        seed: Seed of adapters, data order and dropout.
+        federation: Variant and cohort; as above, save that every client takes part.
+        aggregation: What becomes of a round's updates; as above.
+        ranks: Rank of a client's own adapter, where it is less than the run's.
+        personal: "bottom", "top", both or neither: whose adapter every client keeps to itself.
+        seconds: Virtual seconds that an answer takes each client ("async"); left out = all are as fast.
+        seed: Seed of adapters, data order, cohorts and dropout.
         releases: Gives each client's gate; none: everything leaves as it is.
+        on_round: Told the round and the run's adapter after each.
 
     Returns:
         The adapter and the losses.
 
     Raises:
-        ValueError: If a client has nothing to train on.
+        ValueError: If a client has nothing to train on, or settings do not go together.
     """
-    training, lora, codecs = training or TrainingSection(), lora or LoraSection(), codecs or CodecSection()
-    examples = {client: _examples(client, shard, tokenizer, training.max_tokens) for client, shard in shards.items()}
-    for segment in parts:
-        add_adapter(segment, lora_settings(lora), seed=seed)
-    trunk = TrunkTrainer(parts.trunk, training, seed=seed)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    clients = {
-        client: ClientTrainer(
-            parts.bottom,
-            parts.top,
-            training,
-            releases(client) if releases is not None else OpenReleases(),
-            client=client,
-            seed=seed,
-            pad_token_id=pad_token_id,
+    return _Run(
+        parts,
+        tokenizer,
+        shards,
+        training=training or TrainingSection(),
+        lora=lora or LoraSection(),
+        codecs=codecs or CodecSection(),
+        federation=federation or FederationSection(agents=len(shards)),
+        aggregation=aggregation or AggregationSection(),
+        ranks=ranks or {},
+        personal=personal,
+        seconds=seconds,
+        seed=seed,
+        releases=releases or (lambda client: OpenReleases()),
+    ).run(on_round or (lambda round, adapter: None))
+
+
+class _Run:
+    def __init__(
+        self,
+        parts: Partition | Mapping[str, Partition],
+        tokenizer: PreTrainedTokenizerBase,
+        shards: Mapping[str, Sequence[str] | Sequence[Example]],
+        *,
+        training: TrainingSection,
+        lora: LoraSection,
+        codecs: CodecSection,
+        federation: FederationSection,
+        aggregation: AggregationSection,
+        ranks: Mapping[str, int],
+        personal: Collection[str],
+        seconds: Mapping[str, float] | None,
+        seed: int,
+        releases: Callable[[str], Releases],
+    ) -> None:
+        self._training, self._federation, self._seed, self._seconds = training, federation, seed, seconds
+        self._variant: Variant = variant_of(federation.variant)
+        gates = {client: releases(client) for client in shards}
+        of_client = {client: parts if isinstance(parts, Partition) else parts[client] for client in shards}
+        self._rule = aggregation.decided(
+            has_unlike_ranks=any(rank != lora.rank for rank in ranks.values()),
+            is_noised=any(gate.noises_adapter for gate in gates.values()),
         )
-        for client in shards
-    }
-    by_direction = link_codecs(codecs)
-    adapter = _merged(adapter_state(segment) for segment in parts)
-    result = Simulation(lora, adapter, {client: [] for client in shards})
-    optimisers: dict[str, dict[str, Tensor]] = {}
-    for round in range(1, training.rounds + 1):
-        mean = FixedPointMean()
-        for client, trainer in clients.items():
-            trainer.load_adapter_state(adapter)
-            trunk.open_round(client, round, adapter, optimisers.get(client, {}))
-            result.losses[client] += _train(
-                trainer, trunk, examples[client], client, training, by_direction, seed, round
+        self._aggregator: Aggregator = make_aggregator(self._rule, lora.rank)
+        residual_rank = (self._rule.flora_rank or lora.rank) if self._rule.lora == "flora" else 0
+        settings = lora_settings(lora)
+        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._clients = {
+            client: make_client(
+                client,
+                of_client[client],
+                _examples(client, shard, tokenizer, training.max_tokens),
+                gates[client],
+                training=training,
+                lora=settings.at_rank(ranks.get(client, lora.rank)),
+                residual_rank=residual_rank,
+                personal=personal,
+                seed=seed,
+                pad_token_id=pad_token_id,
             )
-            trunk_adapter, optimisers[client] = trunk.result(client)
-            ends = trainer.adapter_state()
-            start = {name: adapter[name] for name in ends}
-            ends = trainer.releases.adapter_update(start, ends, round=round)
-            mean.add({**trunk_adapter, **ends}, len(examples[client]))
-            trunk.close(client)
-        adapter = mean.result()
-    result.adapter = adapter
-    for segment in parts:
-        load_adapter_state(segment, adapter)
-    return result
+            for client, shard in shards.items()
+        }
+        self._parts = {id(each): each for each in of_client.values()}.values()
+        for segment in _segments(self._parts):
+            add_adapter(segment, settings, seed=seed, residual_rank=residual_rank)
+        self._trunk = TrunkTrainer(_widest(each.trunk for each in self._parts), training, seed=seed)
+        self._codecs = link_codecs(codecs)
+        self._optimisers: dict[str, dict[str, Tensor]] = {}
+        adapter = {
+            name: tensor for segment in _segments(self._parts) for name, tensor in adapter_state(segment).items()
+        }
+        self._result = Simulation(lora, adapter, {client: [] for client in shards})
+
+    def run(self, on_round: Callable[[int, Mapping[str, Tensor]], None]) -> Simulation:
+        """Run all rounds."""
+        result = self._result
+        for round in range(1, self._training.rounds + 1):
+            self._round(round)
+            on_round(round, self._exported())
+        result.adapter = self._exported()
+        result.traffic = {name: client.traffic for name, client in self._clients.items()}
+        result.personal = {
+            name: {key: client.trainer.adapter_state()[key] for key in client.personal}
+            for name, client in self._clients.items()
+        }
+        if not self._aggregator.residual():
+            for segment in _segments(self._parts):
+                load_adapter_state(segment, result.adapter)
+        return result
+
+    def _round(self, round: int) -> None:
+        """Train a round and merge what came of it."""
+        adapter, factors = self._result.adapter, trained_factors(self._rule.lora or "factors", round)
+        order = ranked(self._clients, seed=self._seed, round=round)[: self._federation.cohort]
+        cohort = {client: self._clients[client] for client in order}
+        residual = self._aggregator.residual()
+        for segment in _segments(self._parts) if residual else []:
+            load_residual(segment, residual)
+        starts = {name: client.begin_round(adapter, residual, factors) for name, client in cohort.items()}
+        trunks = self._train(cohort, round, frozenset(name for name in adapter if factor_of(name) in factors))
+        merged_names = set(adapter) if self._variant.averages_trunk else self._end_names
+        if merged_names:
+            self._aggregator.begin({name: adapter[name] for name in merged_names}, round)
+        for name, client in sorted(cohort.items()) if merged_names else []:
+            ends = client.update(starts[name], factors, round=round)
+            of_trunk = {key: tensor for key, tensor in trunks[name].items() if key in merged_names}
+            self._aggregator.add(name, Update({**of_trunk, **ends}, len(client.examples)))
+        self._result.adapter = {**adapter, **_merged(trunks.values())}
+        if merged_names:
+            aggregate = self._aggregator.result()
+            self._result.adapter |= aggregate.adapter
+            self._result.notes.append(aggregate.notes)
+
+    def _train(
+        self, cohort: Mapping[str, SimulatedClient], round: int, trained: frozenset[str]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Train the cohort; gives, for each client, what the trunk has trained on its behalf."""
+        if self._variant.shares_adapter:
+            return self._train_one_adapter(cohort, round, trained)
+        takes_turns, adapter = self._variant.takes_turns, self._result.adapter
+        trunks: dict[str, dict[str, Tensor]] = {}
+        for name, client in cohort.items():
+            owner = _SHARED if takes_turns else name
+            start = {**adapter, **_merged(trunks.values())} if takes_turns else adapter
+            optimiser = self._optimisers.get(owner, {})
+            self._trunk.open_round(
+                name, round, start, _of_blocks(optimiser, client.trunk), trunk=client.trunk, trained=trained
+            )
+            self._result.losses[name] += done(self._work(client, OwnCalls(at_once(self._trunk)), round))
+            trunks[name], state = self._trunk.result(name)
+            self._optimisers[owner] = {**optimiser, **state}
+            self._trunk.close(name)
+        return trunks
+
+    def _train_one_adapter(
+        self, cohort: Mapping[str, SimulatedClient], round: int, trained: frozenset[str]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Train an adapter that the cohort shares, in joint steps or as they come."""
+        submit, is_joint = at_once(self._trunk), self._variant.steps_jointly
+        self._trunk.open_shared(_SHARED, self._result.adapter, self._optimisers.get(_SHARED, {}), trained=trained)
+        for name, client in cohort.items():
+            self._trunk.open_round(name, round, trunk=client.trunk, shared=_SHARED, joint=is_joint)
+        free = None if is_joint else FreeCalls(submit, self._staleness(len(cohort)))
+        calls: TrunkCalls = JointCalls(cohort, submit) if free is None else free
+        works = {name: self._work(client, calls, round) for name, client in cohort.items()}
+        for name, losses in interleave(works, None if is_joint else self._seconds).items():
+            self._result.losses[name] += losses
+            self._trunk.close(name)
+        if free is not None:
+            self._result.oldest_step = max(self._result.oldest_step, free.oldest)
+        adapter, self._optimisers[_SHARED] = self._trunk.shared_result(_SHARED)
+        return {name: _of_blocks(adapter, client.trunk) for name, client in cohort.items()}
+
+    def _staleness(self, clients: int) -> Staleness:
+        most = self._federation.max_staleness
+        return Staleness(4 * clients if most is None else most, clients, self._federation.staleness_exponent)
+
+    def _work(self, client: SimulatedClient, calls: TrunkCalls, round: int) -> Work[list[float]]:
+        return client.round_work(calls, self._codecs, self._training, seed=self._seed, round=round)
+
+    @property
+    def _end_names(self) -> set[str]:
+        """Names that some client trains itself and does not keep."""
+        return {name for client in self._clients.values() for name in client.shared_names}
+
+    def _exported(self) -> dict[str, Tensor]:
+        residual = self._aggregator.residual()
+        return merged(self._result.adapter, residual) if residual else dict(self._result.adapter)
 
 
 def examples_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[Example]:
@@ -139,38 +303,6 @@ def examples_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max
     ]
 
 
-def _train(
-    trainer: ClientTrainer,
-    trunk: TrunkTrainer,
-    examples: Sequence[Example],
-    client: str,
-    training: TrainingSection,
-    codecs: LinkCodecs,
-    seed: int,
-    round: int,
-) -> list[float]:
-    link = InProcessLink(trunk, client, codecs)
-    losses = []
-    for step in range(training.local_steps):
-        sampling = trainer.releases.sampling
-        chosen: Sequence[int | None]
-        if sampling is not None:
-            chosen = poisson_sample(len(examples), sample_rate=sampling.sample_rate, capacity=training.batch_size)
-        else:
-            chosen = step_examples(
-                len(examples),
-                seed=seed,
-                client=client,
-                round=round,
-                step=step,
-                batch_size=training.batch_size,
-                local_steps=training.local_steps,
-            )
-        batch = [None if index is None else examples[index] for index in chosen]
-        losses.append(trainer.step(link, batch, round=round, step=step).loss)
-    return losses
-
-
 def _examples(
     client: str, shard: Sequence[str] | Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> Sequence[Example]:
@@ -180,6 +312,25 @@ def _examples(
     if not examples:
         raise ValueError(f"The client {client!r} has nothing to train on; give it a text of 2 tokens or more.")
     return examples
+
+
+def _segments(parts: Iterable[Partition]) -> list[Segment]:
+    return [segment for each in parts for segment in each]
+
+
+def _widest(trunks: Iterable[Trunk]) -> Trunk:
+    """Give the trunk that every other one is a slice of."""
+    trunks = list(trunks)
+    widest = max(trunks, key=lambda trunk: len(trunk.blocks))
+    if any(not set(trunk.blocks) <= set(widest.blocks) for trunk in trunks):
+        raise ValueError("No client's trunk covers all others'; cut one of them so that it has every other's blocks.")
+    return widest
+
+
+def _of_blocks(state: Mapping[str, Tensor], trunk: Trunk) -> dict[str, Tensor]:
+    """Take what belongs to a trunk's adapter: its tensors, or the optimiser's moments of them."""
+    names = adapter_parameters(trunk).keys()
+    return {key: tensor for key, tensor in state.items() if key.rpartition("/")[0] in names or key in names}
 
 
 def _merged(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

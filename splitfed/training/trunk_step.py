@@ -278,12 +278,6 @@ class TrunkTrainer:
         state = self._slots.get(slot)
         return state.steps if state else 0
 
-    def staleness(self, slot: str) -> int:
-        """Count the versions that would lie between the oldest forward of another slot and this slot's next one."""
-        adapter = self._slot(slot).adapter
-        others = [state for name, state in self._slots.items() if name != slot and state.adapter is adapter]
-        return max((adapter.version + 1 - state.version for state in others if state.is_amid_step), default=0)
-
     def result(self, slot: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copy the trunk adapter that a slot trains, and its optimiser state.
 

@@ -10,6 +10,7 @@ from splitfed.training.client_step import ClientTrainer
 from splitfed.training.link import InProcessLink, link_codecs
 from splitfed.training.releases import OpenReleases
 from splitfed.training.setup import lora_settings
+from splitfed.training.together import OwnCalls, at_once
 from splitfed.training.trunk_step import TrunkTrainer
 from tests.study.audited_run import setting_of
 
@@ -43,7 +44,7 @@ def test_what_is_seen_is_what_a_client_sends(tmp_path, bottom_blocks, top_blocks
     from splitfed.models import adapter_state
 
     trunk.open_round("a", 1, adapter_state(parts.trunk), {})
-    link = Tapped(InProcessLink(trunk, "a", link_codecs(config.codecs)))
+    link = Tapped(InProcessLink(OwnCalls(at_once(trunk)), "a", link_codecs(config.codecs)))
     client = ClientTrainer(
         parts.bottom, parts.top, config.training, OpenReleases(), client="a", seed=0, pad_token_id=setting.pad_token_id
     )

@@ -16,6 +16,7 @@ from splitfed.training.data import Example
 from splitfed.training.link import InProcessLink, Link, LinkCodecs, Place, Traffic
 from splitfed.training.objective import IGNORED_LABEL
 from splitfed.training.releases import LedgeredReleases, OpenReleases, Releases
+from splitfed.training.together import OwnCalls, at_once
 from splitfed.training.trunk_step import TrunkTrainer
 from tests.equivalence.tiny_models import VOCABULARY, tiny_model
 
@@ -158,7 +159,10 @@ def split_client(
         loss=loss,
     )
     return SplitClient(
-        parts, trainer, trunk, RecordingLink(InProcessLink(trunk, "a", LinkCodecs(*[get_codec(codec)] * 4)))
+        parts,
+        trainer,
+        trunk,
+        RecordingLink(InProcessLink(OwnCalls(at_once(trunk)), "a", LinkCodecs(*[get_codec(codec)] * 4))),
     )
 
 

@@ -17,6 +17,7 @@ from splitfed.models import adapter_state, canonical_config, resolve_base
 from splitfed.proto.v1 import training_pb2
 from splitfed.training.link import InProcessLink, Kind, Link, Place, link_codecs
 from splitfed.training.setup import open_trunk
+from splitfed.training.together import OwnCalls, at_once
 from splitfed.training.trunk_step import TrunkTrainer
 from splitfed.transport.backoff import Backoff
 from splitfed.transport.link import GrpcLink
@@ -51,7 +52,7 @@ def open_link(kind: str, folder: Path, codecs: CodecSection, stack: ExitStack) -
     reference = new_trainer(config)
     by_direction = link_codecs(codecs)
     if kind == "in process":
-        link: Link = InProcessLink(new_trainer(config), "a", by_direction)
+        link: Link = InProcessLink(OwnCalls(at_once(new_trainer(config))), "a", by_direction)
         return Opened(link, reference, reference.hidden_size)
     server = stack.enter_context(serving(config))
     calls = ServerCalls(server.address, None, None, client="a", agent_id=b"0" * 16)
