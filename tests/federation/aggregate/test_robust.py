@@ -77,18 +77,19 @@ def test_a_trim_is_the_decimal_fraction_that_is_written():
 
 
 def test_multi_krum_by_hand():
-    values = [0.0, 1.0, 3.0, 100.0, 2.5]
-    # f = 1: each score is the sum of the squares to the 5 - 1 - 2 = 2 nearest:
-    # 0: 1 + 6.25 = 7.25, 1: 1 + 2.25 = 3.25, 3: 0.25 + 4 = 4.25, 100: 9409 + 9506.25, 2.5: 0.25 + 2.25 = 2.5
-    result = one_number(values, rule="multi-krum", byzantine=1)
-    assert result.clients == ["c0", "c1", "c2", "c4"]
-    assert result.adapter["x"].item() == (0 + 1 + 3 + 2.5) / 4
+    # f = 1: a score is the sum of the squares to the 5 - 1 - 2 = 2 nearest: 1 + 16, 1 + 9, 1 + 9, 1 + 4 and 4 + 9.
+    # One neighbour more or less, and the 7 would be left out.
+    result = one_number([0.0, 1.0, 4.0, 5.0, 7.0], rule="multi-krum", byzantine=1)
+    assert result.clients == ["c1", "c2", "c3", "c4"]
+    assert result.adapter["x"].item() == (1 + 4 + 5 + 7) / 4
     assert result.notes["left_out"] == 1
 
 
-def test_of_equal_scores_multi_krum_takes_the_first_in_the_order_of_names():
+@pytest.mark.parametrize("arrival", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0)])
+def test_of_equal_scores_multi_krum_takes_the_first_in_the_order_of_names(arrival):
     # f = 1: the scores are 4 + 1, 1 + 1, 1 + 1, 1 + 1 and 4 + 1
-    result = one_number([-2.0, -1.0, 0.0, 1.0, 2.0], rule="multi-krum", byzantine=1)
+    updates = [(f"c{n}", Update({"x": torch.tensor([n - 2.0])}, 1)) for n in arrival]
+    result = aggregate(make(rule="multi-krum", byzantine=1), {"x": torch.zeros(1)}, updates)
     assert result.clients == ["c0", "c1", "c2", "c3"]
     assert result.adapter["x"].item() == -0.5
 
@@ -105,13 +106,13 @@ def test_multi_krum_needs_2f_3_updates_and_takes_more_after_it_said_so():
 
 
 def test_what_a_client_does_not_hold_counts_as_unchanged_in_distances_and_not_in_the_mean():
-    base = {"x": torch.zeros(1), "y": torch.zeros(1)}
-    states = [{"x": torch.tensor([value]), "y": torch.tensor([value])} for value in (1.0, 1.0, 1.0, 50.0)]
-    states.append({"x": torch.tensor([1.0])})
+    base = {"x": torch.zeros(1), "y": torch.tensor([3.0])}
+    states = [{"x": torch.tensor([2.0]), "y": torch.tensor([y])} for y in (3.5, 3.5, 3.5, 4.5)]
+    states.append({"x": torch.tensor([2.0])})
     updates = [(f"c{n}", Update(state, 1)) for n, state in enumerate(states)]
     result = aggregate(make(rule="multi-krum", byzantine=1), base, updates)
     assert result.clients == ["c0", "c1", "c2", "c4"]
-    assert {key: tensor.item() for key, tensor in result.adapter.items()} == {"x": 1.0, "y": 1.0}
+    assert {key: tensor.item() for key, tensor in result.adapter.items()} == {"x": 2.0, "y": 3.5}
 
 
 @pytest.mark.parametrize("rule", ROBUST)
