@@ -1,7 +1,28 @@
 """Rounds and aggregation: when a round is over, and what comes of it."""
 
-from splitfed.federation.aggregate import FixedPointMean
+from splitfed.federation.aggregate import (
+    Aggregate,
+    Aggregator,
+    FixedPointMean,
+    Update,
+    at_rank,
+    make_aggregator,
+    merged,
+    trained_factors,
+)
 from splitfed.federation.open_round import RoundPolicy
 from splitfed.federation.rounds import Phase, Rounds
 
-__all__ = ["FixedPointMean", "Phase", "RoundPolicy", "Rounds"]
+__all__ = [
+    "Aggregate",
+    "Aggregator",
+    "FixedPointMean",
+    "Phase",
+    "RoundPolicy",
+    "Rounds",
+    "Update",
+    "at_rank",
+    "make_aggregator",
+    "merged",
+    "trained_factors",
+]

@@ -17,7 +17,7 @@ from torch import Tensor
 from splitfed.config.aggregation import LoraRule
 from splitfed.federation.aggregate.aggregator import Aggregate, Aggregator, Update
 from splitfed.federation.aggregate.fixed_point import FixedPointMean
-from splitfed.federation.aggregate.freezing import trained_factors
+from splitfed.federation.aggregate.freezing import BOTH, trained_factors
 from splitfed.federation.aggregate.server_optimiser import ServerOptimiser
 
 State = Mapping[str, Tensor]
@@ -74,9 +74,8 @@ class FactorAggregator(Aggregator):
 
     def _open(self) -> None:
         self._mean, self._kept = FixedPointMean(), {}
-        names = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
-        frozen = names.keys() - trained_factors(self._lora, self._round)
-        self._frozen = {key for key in self._base for factor in frozen if key.endswith(names[factor])}
+        frozen = tuple(f".lora_{factor}.weight" for factor in BOTH - trained_factors(self._lora, self._round))
+        self._frozen = {key for key in self._base if key.endswith(frozen)}
 
     def _take(self, client: str, update: Update) -> None:
         for key in sorted(self._frozen & update.state.keys()):
