@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -95,6 +96,8 @@ def test_peft_loads_an_export_whose_layers_have_different_ranks(family: str, n_b
     assert {len(tensor) for name, tensor in loaded.items() if ".lora_A." in name} >= {4, 8, 16}
     for key, tensor in state.items():
         assert torch.equal(loaded[f"base_model.model.{key.removesuffix('weight')}default.weight"], tensor), key
+    scales = {layer.scaling["default"] for layer in whole.modules() if isinstance(layer, BaseTunerLayer)}
+    assert scales == {LORA.alpha / LORA.rank}
     assert_equal_to_rounding(top(trunk(bottom(input_ids_BT))).logits, whole(input_ids_BT).logits, "logits")
 
 

@@ -85,6 +85,11 @@ def test_a_label_is_divided_evenly_among_its_clients_and_labels_have_as_many_cli
         assert max(parts) - min(parts) <= 1
 
 
+def test_the_odd_examples_of_labels_go_to_different_clients() -> None:
+    shards = label_shards(["a", "b"] * 4, CLIENTS, 2, seed=0)  # 4 of each for 3 clients
+    assert sorted(map(len, shards.values())) == [2, 3, 3]
+
+
 def test_shards_are_a_function_of_the_seed() -> None:
     labels = ["a", "b", "c"] * 20
     for shards in (
