@@ -37,7 +37,8 @@ class FactorAggregator(Aggregator):
         refuse_norm: As in ``Aggregator``.
 
     Guarantees:
-        * The mean is the one of ``FixedPointMean``; clients that agree leave it as they have it, to the bit.
+        * The mean is the one of ``FixedPointMean``. Clients that agree leave the adapter as they have it, to the bit;
+          with the mean, elements below 2⁻²¹ to its resolution.
         * A factor that is frozen in the round keeps its value to the bit: an update that changed it is refused.
     """
 
