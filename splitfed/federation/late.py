@@ -57,6 +57,11 @@ class LateUpdates:
         if self.waited_for.pop(client, None) is not None:
             self.dropped.add(client)
 
+    def give_up_all(self) -> None:
+        """Wait no longer for anybody: there is no round left that would take it."""
+        for client in list(self.waited_for):
+            self.give_up(client)
+
     def begin_round(self) -> None:
         """Forget what happened in the round before."""
         self.merged.clear()

@@ -277,10 +277,11 @@ class Rounds:
         for client in self._round.close(self._free()):
             pace = self._round.asked[client]
             if pace.has_moved:
-                can_be_merged = bool(pace.steps) and self.current < self.rounds
-                self._late.miss(client, self.current, is_waited_for=self.policy.merges_late and can_be_merged)
+                self._late.miss(client, self.current, is_waited_for=self.policy.merges_late and pace.steps > 0)
             else:
                 self._members[client].place = Place.SILENT
+        if self.current == self.rounds:
+            self._late.give_up_all()
 
     def commit(self, now_s: float | None = None) -> int:
         """Open the next round, now that this one is written.
@@ -304,7 +305,7 @@ class Rounds:
 
     def _open_if_all_are_here(self, now_s: float) -> None:
         """Open the first round once every agent is here, save those that left for good."""
-        if self._round is None and self._members.are_all_here():
+        if self.phase is Phase.WAITING and self._members.are_all_here():
             self._open(now_s)
 
     def _open(self, now_s: float) -> None:

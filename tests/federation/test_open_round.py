@@ -228,3 +228,13 @@ def test_after_a_long_round_the_next_one_waits_for_its_members_from_its_opening_
     machine.commit(31)
     assert machine.leave_out_silent(40) == []
     assert machine.leave_out_silent(41.5) == ["a", "b"]
+
+
+def test_a_run_that_is_over_opens_no_round_for_whoever_joins() -> None:
+    machine = rounds_of("ab", rounds=1)
+    finish_round(machine, now_s=1)
+    machine.join("a", 1, now_s=2)
+    assert machine.leave_out_silent(1000) == []
+    assert (machine.phase, machine.selected, machine.may_start("a")) == (Phase.FINISHED, [], False)
+    with pytest.raises(ValueError, match="Round 2 is not open"):
+        machine.submit("a", 2, now_s=3)

@@ -21,6 +21,7 @@ class AnyRun(RuleBasedStateMachine):
 
     @initialize(
         agents=st.integers(1, 4),
+        joined=st.integers(1, len(NAMES)),
         cohort=st.none() | st.integers(1, 5),
         over_selection=st.integers(0, 2),
         quorum=st.integers(1, 3),
@@ -29,7 +30,7 @@ class AnyRun(RuleBasedStateMachine):
         takes_turns=st.booleans(),
         seed=st.integers(0, 3),
     )
-    def start(self, agents, cohort, over_selection, quorum, margin, merges, takes_turns, seed) -> None:
+    def start(self, agents, joined, cohort, over_selection, quorum, margin, merges, takes_turns, seed) -> None:
         policy = RoundPolicy(
             cohort=cohort,
             over_selection=over_selection,
@@ -43,7 +44,7 @@ class AnyRun(RuleBasedStateMachine):
         self.rounds = Rounds(agents, 5, TIMEOUT_S, population=len(NAMES), policy=policy)
         self.now_s = 0.0
         self.counted: Counter[tuple[str, int]] = Counter()
-        for client in NAMES[:agents]:
+        for client in NAMES[: max(agents, joined)]:
             self.joins(client)
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 7.0, 60.0]))
@@ -77,6 +78,15 @@ class AnyRun(RuleBasedStateMachine):
         if at_work and not self.rounds.is_complete():
             assert self.rounds.submit(at_work[index % len(at_work)], self.rounds.current, self.now_s)
             self.counted[at_work[index % len(at_work)], self.rounds.current] += 1
+
+    @rule()
+    def all_go_on_and_submit_until_the_round_is_over(self) -> None:
+        for client in self.rounds.selected:
+            self.rounds.progress(client, self.now_s, steps=1)
+        for index in range(len(NAMES)):
+            self.one_at_work_submits(index)
+        if self.rounds.is_complete():
+            self.a_round_is_written(is_closed_first=True)
 
     @rule()
     def the_late_submit_twice(self) -> None:
@@ -135,6 +145,10 @@ class AnyRun(RuleBasedStateMachine):
 
     def _is_here(self, client: str) -> bool:
         return client in self.rounds._members.here
+
+    @invariant()
+    def no_run_has_more_rounds_than_it_was_given(self) -> None:
+        assert self.rounds.committed <= self.rounds.rounds
 
     @invariant()
     def no_update_is_counted_twice(self) -> None:

@@ -199,6 +199,16 @@ def test_a_late_update_of_the_last_round_is_dropped() -> None:
     assert machine.dropped == ["d"]
 
 
+def test_the_last_round_gives_up_what_is_late_since_an_earlier_one() -> None:
+    machine = closed_without_d(merges_late=True)
+    machine.rounds = 2
+    machine.commit(5)
+    for client in "abc":
+        machine.submit(client, 2, now_s=6)
+    machine.close()
+    assert (machine.late, machine.dropped, machine.lateness("d")) == ([], ["d"], None)
+
+
 def test_a_member_that_gave_no_sign_of_life_in_a_round_is_not_asked_again_until_it_does() -> None:
     machine = racing("abcd")
     for client in "abc":
