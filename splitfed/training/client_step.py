@@ -114,6 +114,7 @@ class ClientTrainer:
         seed: The run's seed.
         pad_token_id: Token that fills the rows up.
         loss: The loss of logits and labels.
+        exchanges: Gradients of bottom and top are those of the whole cohort, merged at every step.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class ClientTrainer:
         seed: int,
         pad_token_id: int,
         loss: Loss = causal_lm_loss,
+        exchanges: bool = False,
     ) -> None:
         self.bottom = bottom
         self.top = top
@@ -136,6 +138,7 @@ class ClientTrainer:
         self._seed = seed
         self.pad_token_id = pad_token_id
         self._loss = loss
+        self._exchanges = exchanges
         self._bottom_trains = bool(adapter_parameters(bottom))
         self.optimiser = StepOptimiser({**adapter_parameters(bottom), **adapter_parameters(top)}, training)
         self._per_example: PerExampleMechanism | None = releases.per_example if self.is_training else None
@@ -228,6 +231,10 @@ class ClientTrainer:
                 under_way.gradients.sums, records=records, round=under_way.round, step=step
             )
             self.optimiser.set_gradients({name: total / self._training.batch_size for name, total in noisy.items()})
+        if self._exchanges:
+            mean = under_way.link.mean_gradient(step, self.optimiser.gradients(), tokens=int(under_way.divisor))
+            yield mean
+            self.optimiser.set_gradients(mean.result())
         self.optimiser.pull_to_start()
 
     def _apply_by_one_norm(self, under_way: _Step, batches: Sequence[Batch], step: int) -> Work[None]:

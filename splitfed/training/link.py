@@ -3,7 +3,7 @@
 Two implementations pass one contract: `InProcessLink` here, and the gRPC link of `splitfed.transport`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
@@ -89,6 +89,15 @@ class Link(Protocol):
             The squared norm of the step's gradients, with the given one.
         """
 
+    def mean_gradient(self, step: int, gradients: Mapping[str, Tensor], *, tokens: int) -> Future[dict[str, Tensor]]:
+        """Ask for the mean of the cohort's gradients of bottom and top, where they are merged at every step.
+
+        Args:
+            step: The local step.
+            gradients: The client's own, by whole-model name.
+            tokens: What they count for.
+        """
+
 
 @dataclass(frozen=True)
 class LinkCodecs:
@@ -171,6 +180,10 @@ class InProcessLink:
     def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
         """Apply the trunk's gradients, or wait as above."""
         return _then(self.calls.step(self.slot, step, squared_norm=squared_norm), lambda applied: applied.squared_norm)
+
+    def mean_gradient(self, step: int, gradients: Mapping[str, Tensor], *, tokens: int) -> Future[dict[str, Tensor]]:
+        """Wait for the cohort's gradients."""
+        return self.calls.mean_gradient(self.slot, step, gradients, tokens=tokens)
 
     def _send(self, tensor: Tensor, codec: Codec) -> Tensor:
         decoded, payload_bytes = cross(tensor, codec)

@@ -84,7 +84,7 @@ class StepOptimiser:
             gradients: One for every trained parameter, by whole-model name, in its shape; any floating-point dtype.
         """
         for name, parameter in self._parameters.items():
-            parameter.grad = gradients[name].to(parameter.dtype) if parameter.requires_grad else None
+            parameter.grad = gradients[name].to(parameter.dtype, copy=True) if parameter.requires_grad else None
 
     def gradients(self) -> dict[str, Tensor]:
         """Copy what was gathered, by whole-model name."""

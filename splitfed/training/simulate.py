@@ -172,6 +172,7 @@ class _Run:
                 lora=settings.at_rank(ranks.get(client, lora.rank)),
                 residual_rank=residual_rank,
                 personal=personal,
+                exchanges=federation.merge_ends == "step",
                 seed=seed,
                 pad_token_id=pad_token_id,
             )

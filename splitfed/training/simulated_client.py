@@ -116,10 +116,9 @@ class SimulatedClient:
         """
         after = self.trainer.adapter_state()
         trained = [name for name in self.shared_names if factor_of(name) in factors]
-        released = self.trainer.releases.adapter_update(
+        return self.trainer.releases.adapter_update(
             {name: start[name] for name in trained}, {name: after[name] for name in trained}, round=round
         )
-        return {name: start[name] for name in self.shared_names} | released
 
     def _draw(self, training: TrainingSection, *, seed: int, round: int, step: int) -> list[Example | None]:
         sampling = self.trainer.releases.sampling
@@ -149,6 +148,7 @@ def make_client(
     lora: LoraSettings,
     residual_rank: int,
     personal: Collection[str],
+    exchanges: bool,
     seed: int,
     pad_token_id: int,
 ) -> SimulatedClient:
@@ -163,13 +163,16 @@ def make_client(
         lora: Size and place of its adapter.
         residual_rank: Rank of the frozen adapter under it; 0 for none.
         personal: "bottom", "top", both or neither: what it keeps to itself.
+        exchanges: Gradients of bottom and top are merged at every step.
         seed: The run's seed.
         pad_token_id: Token that fills rows up.
     """
     bottom, top = twin(parts.bottom), twin(parts.top)
     for segment in (bottom, top):
         add_adapter(segment, lora, seed=seed, residual_rank=residual_rank)
-    trainer = ClientTrainer(bottom, top, training, releases, client=name, seed=seed, pad_token_id=pad_token_id)
+    trainer = ClientTrainer(
+        bottom, top, training, releases, client=name, seed=seed, pad_token_id=pad_token_id, exchanges=exchanges
+    )
     kept = [segment for segment in (bottom, top) if segment.kind in personal]
     names = frozenset(chain.from_iterable(adapter_state(segment) for segment in kept))
     return SimulatedClient(name, examples, trainer, parts.trunk, names, lora.rank)

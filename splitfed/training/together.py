@@ -1,10 +1,11 @@
 """Clients that train one trunk adapter: joint steps of a cohort, or steps as they come with a bound on their age."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from splitfed.errors import RoundLost
@@ -12,6 +13,8 @@ from splitfed.federation.variants import Staleness
 from splitfed.training.barrier import Barrier, Key, hand_out
 from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 from splitfed.training.trunk_step import Applied, TrunkTrainer
+
+T = TypeVar("T")
 
 Submit = Callable[[Callable[[TrunkTrainer], Any]], Future[Any]]
 """Runs something on the trunk, now or in its turn, in the order in which it was asked."""
@@ -43,11 +46,26 @@ class TrunkCalls(Protocol):
     def step(self, slot: str, step: int, *, squared_norm: float | None = None) -> Future[Applied]:
         """Ask for the step to be applied."""
 
+    def mean_gradient(
+        self, slot: str, step: int, gradients: Mapping[str, Tensor], *, tokens: int
+    ) -> Future[dict[str, Tensor]]:
+        """Ask for the mean of the cohort's gradients of bottom and top, weighted by tokens."""
+
     def leave(self, slot: str) -> None:
         """Wait for this client no longer; what it has asked fails."""
 
 
-class OwnCalls:
+class _NoCohort:
+    """Nobody has a step in common."""
+
+    def mean_gradient(
+        self, slot: str, step: int, gradients: Mapping[str, Tensor], *, tokens: int
+    ) -> Future[dict[str, Tensor]]:
+        """Give the client's own back."""
+        return _answered(dict(gradients))
+
+
+class OwnCalls(_NoCohort):
     """Each client with an adapter of its own, or one after another: every call is run as it comes.
 
     Args:
@@ -108,6 +126,12 @@ class JointCalls:
         """Wait for the cohort, then apply the joint step."""
         return self._barrier.ask(("step", step, 0), slot, squared_norm)
 
+    def mean_gradient(
+        self, slot: str, step: int, gradients: Mapping[str, Tensor], *, tokens: int
+    ) -> Future[dict[str, Tensor]]:
+        """Wait for the cohort, then give each the weighted mean, float32."""
+        return self._barrier.ask(("mean", step, 0), slot, (gradients, max(tokens, 1)))
+
     def leave(self, slot: str) -> None:
         """Go on without a client; the shares of the others in a step that has begun stay as they are."""
         self._barrier.leave(slot)
@@ -116,6 +140,8 @@ class JointCalls:
         kind, step, _ = key
         if kind == "forward":
             return self._submit(lambda trainer: trainer.forward_together(asked))
+        if kind == "mean":
+            return _answered([_mean(asked)] * len(slots))
         if kind == "backward":
             calls = [replace(call, share=self._share(step, call.slot)) for call in asked]
             return self._submit(lambda trainer: trainer.backward_together(calls))
@@ -130,7 +156,7 @@ class JointCalls:
         return tokens[slot] / sum(tokens.values())
 
 
-class FreeCalls:
+class FreeCalls(_NoCohort):
     """Runs every call as it comes on the shared adapter; a step that would make another too old waits.
 
     Args:
@@ -189,3 +215,18 @@ class FreeCalls:
         own_age = self._version - self._begun.get(slot, self._version)
         ages = [self._version + 1 - begun for other, begun in self._begun.items() if other != slot]
         return self._staleness.allows(max(ages, default=0), own_age)
+
+
+def _mean(asked: Sequence[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
+    """Weigh gradients by tokens, in float64."""
+    total = sum(tokens for _, tokens in asked)
+    return {
+        name: torch.stack([gradients[name].double() * (tokens / total) for gradients, tokens in asked]).sum(0).float()
+        for name in asked[0][0]
+    }
+
+
+def _answered(value: T) -> Future[T]:
+    answer: Future[T] = Future()
+    answer.set_result(value)
+    return answer

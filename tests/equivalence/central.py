@@ -29,6 +29,45 @@ def central_run(
     Returns:
         The loss of every step, and the adapter by whole-model name.
     """
+    batches = batches_of(examples, training, client=client, seed=seed)
+    return central_steps(folder, batches, training, lora, seed=seed, pad_token_id=pad_token_id)
+
+
+def batches_of(
+    examples: Sequence[Example], training: TrainingSection, *, client: str, seed: int
+) -> list[list[Example]]:
+    """Give what a client draws in each step of the run."""
+    return [
+        [
+            examples[i]
+            for i in step_examples(
+                len(examples),
+                seed=seed,
+                client=client,
+                round=index // training.local_steps + 1,
+                step=index % training.local_steps,
+                batch_size=training.batch_size,
+                local_steps=training.local_steps,
+            )
+        ]
+        for index in range(training.rounds * training.local_steps)
+    ]
+
+
+def central_steps(
+    folder: Path,
+    batches: Sequence[Sequence[Example]],
+    training: TrainingSection,
+    lora: LoraSection,
+    *,
+    seed: int,
+    pad_token_id: int = 0,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train centrally on one batch after another.
+
+    Returns:
+        The loss of every step, and the adapter by whole-model name.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     start = initial_adapter(model, lora_settings(lora), seed=seed)
     targets = sorted({name.rsplit(".lora_", 1)[0] for name in start})
@@ -53,19 +92,12 @@ def central_run(
     )
     peft_model.train()
     losses = []
-    for index in range(training.rounds * training.local_steps):
-        chosen = step_examples(
-            len(examples),
-            seed=seed,
-            client=client,
-            round=index // training.local_steps + 1,
-            step=index % training.local_steps,
-            batch_size=training.batch_size,
-            local_steps=training.local_steps,
-        )
-        batch = collate([examples[i] for i in chosen], pad_token_id=pad_token_id)
+    for examples in batches:
+        batch = collate(examples, pad_token_id=pad_token_id)
         loss = peft_model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss
         loss.backward()
+        if training.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)
         optimiser.step()
         scheduler.step()
         optimiser.zero_grad()

@@ -1,6 +1,6 @@
 """One client on a tiny split model, over a link that keeps what leaves the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -92,6 +92,10 @@ class RecordingLink:
         applied = self.inner.step(step, squared_norm=squared_norm)
         self.calls.append("step")
         return applied
+
+    def mean_gradient(self, step: int, gradients: Mapping[str, Tensor], *, tokens: int) -> Future[dict[str, Tensor]]:
+        self.calls.append("mean_gradient")
+        return self.inner.mean_gradient(step, gradients, tokens=tokens)
 
 
 class ScriptedNoise(NoiseStream):
