@@ -23,7 +23,7 @@ from splitfed.config import AgentConfig, RunConfig
 from splitfed.errors import JoinRefused, RoundLost, ServerUnreachable
 from splitfed.models import resolve_base
 from splitfed.privacy import CHANNELS, UNIT, Ledger, witness_folder
-from splitfed.proto.v1 import training_pb2
+from splitfed.proto.v1 import federation_pb2, training_pb2
 from splitfed.training.link import Traffic, link_codecs
 from splitfed.transport.backoff import Backoff
 from splitfed.transport.link import GrpcLink
@@ -119,28 +119,31 @@ class Agent:
                 self._backoff.progress()
         self._progress.finish(prepared.run_id)
 
-    def _next_round(self, calls: ServerCalls, prepared: Prepared) -> int | None:
-        """Wait for a round that this agent has work in; None when the run is over."""
+    def _next_round(self, calls: ServerCalls, prepared: Prepared) -> federation_pb2.RoundOpened | None:
+        """Wait for a round that this agent is asked for and has work in; None when the run is over."""
         for event in calls.watch(prepared.run_id):
             self._backoff.progress()
             what = event.WhichOneof("event")
             if what == "run_finished":
                 return None
-            if what == "round_opened" and not event.round_opened.is_submitted:
-                return int(event.round_opened.round)
+            opened = event.round_opened
+            if what == "round_opened" and opened.is_selected and not opened.is_submitted:
+                return opened
+            if what == "round_opened" and not opened.is_submitted:
+                _log.info("round %d of %d: not asked yet", opened.round, opened.rounds)
             if what == "waiting":
                 _log.info("waiting for agents (%d of %d here)", event.waiting.joined, event.waiting.agents)
             if what == "draining":
                 break
         raise ServerUnreachable("the server is shutting down")
 
-    def _run_round(self, calls: ServerCalls, prepared: Prepared, round: int) -> None:
+    def _run_round(self, calls: ServerCalls, prepared: Prepared, opened: federation_pb2.RoundOpened) -> None:
         """Train a round from its beginning and send what came of it."""
-        started_s = self._clock()
+        started_s, round = self._clock(), opened.round
         traffic, adapter_traffic = Traffic(), Traffic()
         trainer, training = prepared.trainer, prepared.run.training
         check_budget_of_round(self._ledger, prepared, client=self._config.agent.name, round=round)
-        start = self._start_from(calls, prepared, round, adapter_traffic)
+        start = self._start_from(calls, prepared, opened, adapter_traffic)
         with self._open_link(calls, prepared, round, traffic) as link:
             local = train_locally(
                 link,
@@ -152,7 +155,7 @@ class Agent:
                 ),
             )
             held_out_loss = evaluate_locally(link, prepared, round=round)
-        self._state.keep_optimiser(prepared.run_key, round, trainer.optimiser.state())
+        self._state.keep_optimiser(prepared.run_key, round, trainer.optimiser.state(), start=opened.last_counted)
         self._submit(calls, prepared, round, start, local, held_out_loss, adapter_traffic)
         privacy = prepared.privacy
         line = {
@@ -176,16 +179,18 @@ class Agent:
         self._state.write_metrics(prepared.run_id, line)
         self._progress.round_is_over(line, training.rounds)
 
-    def _start_from(self, calls: ServerCalls, prepared: Prepared, round: int, traffic: Traffic) -> dict[str, Tensor]:
-        """Put the adapters and the optimiser at the round's beginning; give those adapters."""
+    def _start_from(
+        self, calls: ServerCalls, prepared: Prepared, opened: federation_pb2.RoundOpened, traffic: Traffic
+    ) -> dict[str, Tensor]:
+        """Put the adapters at the round's beginning and the optimiser after this agent's last; give those adapters."""
         trainer = prepared.trainer
         shapes = {name: tuple(tensor.shape) for name, tensor in trainer.adapter_state().items()}
         codec = get_codec(prepared.run.codecs.adapter)
-        ends = self._persistently(lambda: calls.fetch_adapter(prepared.run_id, round, shapes, codec, traffic))
+        ends = self._persistently(lambda: calls.fetch_adapter(prepared.run_id, opened.round, shapes, codec, traffic))
         trainer.load_adapter_state(ends)
-        state = self._state.optimiser_after(prepared.run_key, round - 1)
+        state = self._state.optimiser_after(prepared.run_key, opened.last_counted)
         if state is None:
-            _log.warning("the optimiser's state after round %d is not here; it starts afresh", round - 1)
+            _log.warning("the optimiser's state after round %d is not here; it starts afresh", opened.last_counted)
         trainer.optimiser.clear_gradients()
         trainer.optimiser.load(state or {})
         return ends

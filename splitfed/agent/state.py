@@ -68,8 +68,16 @@ class AgentState:
         except (OSError, SafetensorError):
             return None
 
-    def keep_optimiser(self, run_id: str, round: int, state: Mapping[str, Tensor]) -> None:
-        """Keep the optimiser's state at a round's end, and the round's beginning, which may be needed once more."""
+    def keep_optimiser(self, run_id: str, round: int, state: Mapping[str, Tensor], *, start: int | None = None) -> None:
+        """Keep the optimiser's state at a round's end, and the round's beginning, which may be needed once more.
+
+        Args:
+            run_id: The run.
+            round: The round that is over.
+            state: The optimiser's state.
+            start: The round whose end this one started from; None: the one before it.
+        """
+        first_needed = round - 1 if start is None else start
         folder = self._folder(run_id)
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / ".after-round"
@@ -79,7 +87,7 @@ class AgentState:
         draft.rename(folder / f"after-round-{round:04d}.safetensors")
         for file_ in folder.iterdir():
             match = _SNAPSHOT.fullmatch(file_.name)
-            if match and int(match[1]) < round - 1:
+            if match and int(match[1]) < first_needed:
                 file_.unlink()
 
     def write_metrics(self, run_id: str, line: Mapping[str, object]) -> None:

@@ -200,6 +200,18 @@ class Rounds:
         """Say whether this member's update of the open round is here."""
         return self._round is not None and client in self._round.submitted
 
+    def is_counted(self, client: str, round: int) -> bool:
+        """Say whether this member's update of a round, the open one or an earlier one, is in the open round already."""
+        return self._late.merged.get(client) == round or (round == self.current and self.has_submitted(client))
+
+    def expects(self, client: str, round: int) -> bool:
+        """Say whether this member's update of a round would be taken now."""
+        if round < self.current:
+            return self._round is not None and self._late.waited_for.get(client) == round
+        if self._round is None or self._round.is_closed or round != self.current:
+            return False
+        return self._round.may_start(client) and client not in self._round.submitted
+
     def submit(self, client: str, round: int, now_s: float) -> bool:
         """Note a member's update; a late one is taken in the open round, whose quorum it does not count for.
 

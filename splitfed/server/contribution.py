@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from splitfed.federation import Rounds
 from splitfed.server.store import RunState
 
 
@@ -26,7 +29,12 @@ class Contribution:
 
 
 def metrics_line(
-    state: RunState, contributions: Mapping[str, Contribution], *, rounds: int, seconds: float
+    state: RunState,
+    contributions: Mapping[str, Contribution],
+    *,
+    rounds: int,
+    seconds: float,
+    happenings: Mapping[str, object],
 ) -> dict[str, object]:
     """Give the line that ``metrics.jsonl`` gets at a round's end.
 
@@ -35,6 +43,7 @@ def metrics_line(
         contributions: Of each client whose update is in it.
         rounds: Rounds of the run.
         seconds: What the round took.
+        happenings: What ``happenings`` gives.
     """
     return {
         "round": state.round,
@@ -52,4 +61,36 @@ def metrics_line(
             for client, contribution in sorted(contributions.items())
         },
         "adapter": f"adapters/round-{state.round:04d}",
+        **happenings,
     }
+
+
+def happenings(rounds: Rounds) -> dict[str, object]:
+    """Say what became of the members of a round that is closed, as far as it is out of the ordinary.
+
+    Returns:
+        Any of ``selected`` (who was asked, in a run with a cohort), ``replaced`` (who went, and who was asked instead),
+        ``late`` (whom the round was closed without), ``dropped`` (whose late update was given up in this round), and
+        ``merged`` (whose late update is in this round, and the round that it was made in).
+    """
+    said: dict[str, object] = {
+        "selected": rounds.selected if rounds.policy.cohort is not None else [],
+        "replaced": rounds.replaced,
+        "late": rounds.late,
+        "dropped": rounds.dropped,
+        "merged": rounds.merged,
+    }
+    return {name: what for name, what in said.items() if what}
+
+
+def rebased(
+    state: Mapping[str, Tensor], own_base: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give a late update as if it had started from the open round's base: what it changed counts, not where it was.
+
+    Args:
+        state: The late adapter.
+        own_base: What it started from.
+        base: What the open round starts from.
+    """
+    return {name: base[name] + (tensor - own_base[name]) for name, tensor in state.items()}

@@ -1,6 +1,7 @@
 """A run on the server: its members, its rounds, its adapters, and what is written at each round's end."""
 
 import asyncio
+import json
 import logging
 import time
 from collections import Counter
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from splitfed.config import ServerConfig
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
-from splitfed.federation import FixedPointMean, Phase, Rounds
-from splitfed.server.contribution import Contribution, metrics_line
+from splitfed.federation import FixedPointMean, Phase, RoundPolicy, Rounds
+from splitfed.server.contribution import Contribution, happenings, metrics_line, rebased
 from splitfed.server.engine import Engine
+from splitfed.server.member_session import MemberSession
 from splitfed.server.sessions import Limits, TrainSession
 from splitfed.server.store import RunState, RunStore
 from splitfed.training.denoising import FitDenoiser
@@ -23,8 +25,12 @@ from splitfed.training.link import link_codecs
 
 _log = logging.getLogger(__name__)
 
-_View = tuple[Phase, int, bool, bool]
-"""What a member sees: the phase, the round, whether its update is in, whether the server drains."""
+_View = tuple[Phase, int, bool, bool, bool]
+"""What a member sees: the phase, the round, whether its update is in, whether it may start, whether the server drains.
+"""
+
+_LONGEST_LOOK_S = 2.0
+"""Twice the time between two ticks: what passes beyond it has passed while nobody was served."""
 
 
 class Coordinator:
@@ -63,6 +69,8 @@ class Coordinator:
             config.training.rounds,
             config.federation.agent_timeout_s,
             committed=state.round,
+            population=config.federation.population,
+            policy=round_policy(config),
         )
         self._state = state
         self._engine = engine
@@ -71,6 +79,7 @@ class Coordinator:
         self._worker = worker
         self._clock = clock
         self._sessions: dict[str, TrainSession] = {}
+        self._late_bases: dict[str, dict[str, Tensor]] = {}
         self._contributions: dict[str, Contribution] = {}
         self._round_started_s = clock()
         self._changed = asyncio.Condition()
@@ -80,6 +89,7 @@ class Coordinator:
         self.is_draining = False
         self.rounds.restore(state.weights, clock())
         self._agent_ids = dict(state.agent_ids)
+        self._counted = dict(state.counted)
         self._begin_round()
         self._limits = Limits(
             sequences=config.training.batch_size,
@@ -124,7 +134,7 @@ class Coordinator:
         if not self.rounds.can_join(client):
             raise JoinRefused(
                 f"The run {self.config.run_id!r} has all its agents already ({', '.join(self.rounds.members)}); "
-                f"raise [federation] agents to let {client!r} in."
+                f"raise [federation] population to let {client!r} in."
             )
         if self.rounds.has_left_for_good(client):
             raise JoinRefused(
@@ -178,12 +188,22 @@ class Coordinator:
         if known != agent_id.hex():
             raise JoinRefused(f"Another agent is called {client!r} in this run.")
 
+    def last_counted(self, client: str) -> int:
+        """Give the round of this client's last update that is in the run; 0: there is none."""
+        return self._counted.get(client, 0)
+
     async def watch(self, client: str) -> AsyncIterator[tuple[Phase, int, bool]]:
-        """Yield the run's phase, current round, and whether this client's update is in, at every change."""
+        """Yield the run's phase, current round, and whether this client's update is in, at every change.
+
+        A change of whether the client may start counts as one; `Rounds.may_start` says it.
+        """
         view: _View | None = None
         while True:
             view = await self._next_view(client, view)
-            phase, round, is_submitted, _ = view
+            if view[0] is Phase.OPEN and not view[2]:  # who watches is there, and waits to be asked
+                self.rounds.progress(client, self._clock())
+                view = self._view(client)
+            phase, round, is_submitted, _, _ = view
             yield phase, round, is_submitted
             if phase is Phase.FINISHED:
                 self._told_end.add(client)
@@ -196,32 +216,27 @@ class Coordinator:
         """Start a client's round from its beginning, or find the session where its stream broke.
 
         Raises:
-            RoundLost: If that round is not open, or the session is not known.
+            RoundLost: If that round is not open, goes on without this client, or the session is not known.
         """
-        if self.is_draining or self.rounds.phase is not Phase.OPEN or round != self.rounds.current:
-            raise RoundLost(
-                f"Round {round} is not open; the run is at round {self.rounds.current} ({self.rounds.phase.value})."
-            )
-        if self.rounds.has_submitted(client):
+        session = self._sessions.get(client)
+        if self.is_draining:
+            raise RoundLost("The server is shutting down; come back when it is up again.")
+        if not self._goes_on(client, round):
+            raise self._over(client, round)
+        if self.rounds.has_submitted(client) and round == self.rounds.current:
             raise RoundLost(f"The update of {client!r} for round {round} is already here.")
         if self.rounds.has_left(client):
             raise RoundLost(f"{client!r} left the run; join again.")
-        session = self._sessions.get(client)
         if token:
             if session is None or session.token != token:
                 raise RoundLost("The server does not know this session; start the round again.")
             return session
+        self.rounds.progress(client, self._clock(), steps=0)
+        if not self.rounds.may_start(client):
+            raise RoundLost(f"{client!r} has no part in round {round} now; it waits until it is asked.")
         if session is not None:
             await self._engine.empty(session.slot)
-        session = TrainSession(
-            client,
-            round,
-            self._engine,
-            self._codecs,
-            self._limits,
-            self._worker,
-            on_progress=lambda: self.rounds.progress(client, self._clock()),
-        )
+        session = self._new_session(client, round)
         self._sessions[client] = session
         optimiser = self._state.optimisers.get(client, {})
         await self._engine.open_round(session.slot, client, round, self._state.trunk, optimiser)
@@ -258,7 +273,7 @@ class Coordinator:
         return await asyncio.shield(self._submit(client, round, ends, contribution))
 
     async def tick(self) -> None:
-        """Look at the clock: leave out members that were silent for too long.
+        """Look at the clock: leave out members that were silent for too long, or are too slow for the round.
 
         Raises:
             RunDirectoryError: If a round cannot be written.
@@ -272,7 +287,15 @@ class Coordinator:
                     client,
                     self.config.federation.agent_timeout_s,
                 )
+            for client in self.rounds.cut_off_stragglers(self._clock()):
+                _log.warning(
+                    "round %d waits no longer for %s: it takes more than %g times as long as the median agent",
+                    self.rounds.current,
+                    client,
+                    self.config.federation.straggler_margin,
+                )
             self._note_opening(was_open)
+            await self._end_lost_turns()
             await self._close_round_if_complete()
         await self._tell()
 
@@ -294,6 +317,48 @@ class Coordinator:
         async with self._changed:
             await self._changed.wait_for(lambda: self.has_ended)
 
+    def _new_session(self, client: str, round: int) -> MemberSession:
+        session = MemberSession(
+            client,
+            round,
+            self._engine,
+            self._codecs,
+            self._limits,
+            self._worker,
+            on_progress=lambda: self.rounds.progress(client, self._clock()),
+        )
+        session.why_over = lambda: None if self.is_current(session) else self._over(client, round)
+        session.on_steps = lambda steps: self.rounds.progress(client, self._clock(), steps=steps)
+        return session
+
+    def _goes_on(self, client: str, round: int) -> bool:
+        """Say whether a round is open, or a late update of it is still waited for."""
+        if self.rounds.phase is not Phase.OPEN:
+            return False
+        return round == self.rounds.current or self.rounds.lateness(client) == self.rounds.current - round
+
+    def _over(self, client: str, round: int) -> RoundLost:
+        """Say why a round is over for a client."""
+        if self.rounds.has_missed(client, round):
+            return RoundLost(
+                f"Round {round} was closed without {client!r}, which was late; its update is dropped, and it starts "
+                "again in the next round that it is asked for."
+            )
+        if self.rounds.phase is Phase.OPEN and round == self.rounds.current:
+            return RoundLost(f"Round {round} goes on without this session of {client!r}; wait until it is asked again.")
+        return RoundLost(
+            f"Round {round} is not open; the run is at round {self.rounds.current} ({self.rounds.phase.value})."
+        )
+
+    async def _end_lost_turns(self) -> None:
+        """Empty the slots of those that had their turn in this round and lost it."""
+        if not self.rounds.policy.takes_turns:
+            return
+        for client, session in list(self._sessions.items()):
+            if not self.rounds.may_start(client) and not self.rounds.is_counted(client, session.round):
+                del self._sessions[client]
+                await self._engine.empty(session.slot)
+
     def _note_opening(self, was_open: bool) -> None:
         if self.rounds.phase is Phase.OPEN and not was_open:
             self._round_started_s = self._clock()
@@ -302,15 +367,17 @@ class Coordinator:
         self._mean = FixedPointMean()
         self._optimisers = dict(self._state.optimisers)
         self._contributions = {}
-        self._sessions.clear()
+        self._sessions = {c: session for c, session in self._sessions.items() if self.rounds.lateness(c) is not None}
+        self._late_bases = {client: self._late_bases[client] for client in self._sessions}
         self._round_started_s = self._clock()
 
     async def _submit(self, client: str, round: int, ends: Mapping[str, Tensor], contribution: Contribution) -> bool:
         async with self._closing:
-            if self.rounds.phase is not Phase.OPEN or round != self.rounds.current:
-                raise RoundLost(f"Round {round} is not open; the run is at round {self.rounds.current}.")
-            if self.rounds.has_submitted(client):
+            if self.rounds.is_counted(client, round):
                 return False
+            if not self._goes_on(client, round):
+                raise self._over(client, round)
+            self.rounds.progress(client, self._clock())
             session = self._sessions.get(client)
             steps = 0 if session is None else await self._engine.steps_done(session.slot)
             if session is None or steps != self.config.training.local_steps:
@@ -318,18 +385,25 @@ class Coordinator:
                     f"{client!r} sent its update after {steps} of {self.config.training.local_steps} local steps."
                 )
             trunk, optimiser = await self._engine.snapshot(session.slot)
-            weight = self.rounds.weight(client)
+            if not self.rounds.expects(client, round):
+                raise self._over(client, round)
+            update = {**trunk, **ends}
+            if round < self.rounds.current:
+                update = rebased(update, self._late_bases[client], {**self._state.trunk, **self._state.ends})
             try:
-                self._mean.add({**trunk, **ends}, weight)
+                self._mean.add(update, self.rounds.weight(client))
             except ValueError as error:
                 raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
             self.rounds.submit(client, round, self._clock())
-            self._optimisers[client] = optimiser
+            self._optimisers[client], self._counted[client] = optimiser, round
             counted = self._contributions.setdefault(client, Contribution())
             self._contributions[client] = replace(
                 contribution, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down
             )
-            _log.info("round %d: %s submitted", round, client)
+            if round < self.rounds.current:
+                _log.info("round %d: %s submitted late, for round %d", self.rounds.current, client, round)
+            else:
+                _log.info("round %d: %s submitted", round, client)
             try:
                 await self._close_round_if_complete()
             except RunDirectoryError as error:  # the next tick meets it too, and ends the server
@@ -349,20 +423,26 @@ class Coordinator:
             optimisers=self._optimisers,
             weights={client: self.rounds.weight(client) for client in self.rounds.members},
             agent_ids=self._agent_ids,
+            counted=dict(self._counted),
         )
         seconds = self._clock() - self._round_started_s
-        taken = {client: self._contributions[client] for client in self.rounds.submitted}
-        metrics = metrics_line(state, taken, rounds=self.rounds.rounds, seconds=seconds)
+        taken = {client: self._contributions[client] for client in {*self.rounds.submitted, *self.rounds.merged}}
+        happened = happenings(self.rounds)
+        metrics = metrics_line(state, taken, rounds=self.rounds.rounds, seconds=seconds, happenings=happened)
         await asyncio.get_running_loop().run_in_executor(self._worker, self._write, state, metrics)
-        self._state = state
+        base, self._state = {**self._state.trunk, **self._state.ends}, state
         if self.rounds.current < self.rounds.rounds:
             await self.prepare_entrance()
-        self.rounds.commit()
-        over = list(self._sessions.values())
+        self.rounds.commit(self._clock())
+        before = dict(self._sessions)
+        self._late_bases = {client: self._late_bases.get(client, base) for client in before}
         self._begin_round()
-        for session in over:
-            await self._engine.empty(session.slot)
+        for client, session in before.items():
+            if client not in self._sessions:
+                await self._engine.empty(session.slot)
         _log.info("round %d of %d is written (%.1f s)", state.round, self.rounds.rounds, seconds)
+        if happened:
+            _log.info("round %d: %s", state.round, json.dumps(happened))
 
     def _write(self, state: RunState, metrics: Mapping[str, object]) -> None:
         """Write a round's end; the checkpoint comes last, so a crash before it runs the round again."""
@@ -383,8 +463,26 @@ class Coordinator:
             return self._view(client)
 
     def _view(self, client: str) -> _View:
-        return self.rounds.phase, self.rounds.current, self.rounds.has_submitted(client), self.is_draining
+        rounds = self.rounds
+        is_submitted = rounds.has_submitted(client)
+        return rounds.phase, rounds.current, is_submitted, rounds.may_start(client), self.is_draining
 
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+def round_policy(config: ServerConfig) -> RoundPolicy:
+    """Give a run's policy of who is asked to take part in a round, and when it is over."""
+    federation = config.federation
+    return RoundPolicy(
+        cohort=federation.cohort,
+        over_selection=federation.over_selection,
+        quorum=federation.quorum,
+        straggler_margin=federation.straggler_margin,
+        merges_late=federation.late_updates == "merge",
+        takes_turns=federation.variant == "sflv2",
+        local_steps=config.training.local_steps,
+        seed=config.run.seed,
+        longest_look_s=_LONGEST_LOOK_S,
+    )

@@ -36,6 +36,7 @@ class RunState:
         optimisers: Optimiser state of each client's trunk adapter, by client.
         weights: Weight of each member in every mean.
         agent_ids: Which agent each name belongs to, hexadecimal.
+        counted: The round of each member's last update that was counted.
     """
 
     round: int
@@ -44,6 +45,7 @@ class RunState:
     optimisers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     agent_ids: dict[str, str] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
 
 
 class RunStore:
@@ -109,6 +111,7 @@ class RunStore:
                 optimisers=optimisers,
                 weights=facts["weights"],
                 agent_ids=facts["agent_ids"],
+                counted=facts.get("counted", dict.fromkeys(facts["weights"], facts["round"])),
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise RunDirectoryError(
@@ -131,7 +134,12 @@ class RunStore:
             },
             draft / "optimisers.safetensors",
         )
-        facts = {"round": state.round, "weights": state.weights, "agent_ids": state.agent_ids}
+        facts = {
+            "round": state.round,
+            "weights": state.weights,
+            "agent_ids": state.agent_ids,
+            "counted": state.counted,
+        }
         (draft / "state.json").write_text(json.dumps(facts))
         for file in draft.iterdir():
             _sync(file)

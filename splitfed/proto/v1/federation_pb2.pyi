@@ -37,14 +37,18 @@ class Waiting(_message.Message):
     def __init__(self, agents: _Optional[int] = ..., joined: _Optional[int] = ...) -> None: ...
 
 class RoundOpened(_message.Message):
-    __slots__ = ("round", "rounds", "is_submitted")
+    __slots__ = ("round", "rounds", "is_submitted", "is_selected", "last_counted")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     IS_SUBMITTED_FIELD_NUMBER: _ClassVar[int]
+    IS_SELECTED_FIELD_NUMBER: _ClassVar[int]
+    LAST_COUNTED_FIELD_NUMBER: _ClassVar[int]
     round: int
     rounds: int
     is_submitted: bool
-    def __init__(self, round: _Optional[int] = ..., rounds: _Optional[int] = ..., is_submitted: _Optional[bool] = ...) -> None: ...
+    is_selected: bool
+    last_counted: int
+    def __init__(self, round: _Optional[int] = ..., rounds: _Optional[int] = ..., is_submitted: _Optional[bool] = ..., is_selected: _Optional[bool] = ..., last_counted: _Optional[int] = ...) -> None: ...
 
 class RunFinished(_message.Message):
     __slots__ = ("rounds",)

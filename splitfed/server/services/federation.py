@@ -41,7 +41,11 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             else:
                 yield federation_pb2.RoundEvent(
                     round_opened=federation_pb2.RoundOpened(
-                        round=round, rounds=rounds.rounds, is_submitted=is_submitted
+                        round=round,
+                        rounds=rounds.rounds,
+                        is_submitted=is_submitted,
+                        is_selected=rounds.may_start(request.client),
+                        last_counted=self._coordinator.last_counted(request.client),
                     )
                 )
 
