@@ -22,13 +22,13 @@ from splitfed.server.store import RunState, RunStore
 from tests.server.recording_engine import RecordingEngine
 from tests.service.conftest import server_config
 
-IDS = {name: name.encode() * 16 for name in "abc"}
+IDS = {name: name.encode() * 16 for name in "abcdef"}
 TRUNK, ENDS = "model.layers.1.q.lora_B.weight", "model.layers.0.q.lora_B.weight"
 STEPS, TIMEOUT_S = 2, 10.0
 
 
 class Run:
-    """A run of two agents and two rounds, from its start or from a state.
+    """A run of two agents and two rounds unless told otherwise, from its start or from a state.
 
     Attributes:
         now_s: What the clock says.
@@ -37,15 +37,17 @@ class Run:
         is_writing: Set once a round is being written.
     """
 
-    def __init__(self, folder: Path, worker: ThreadPoolExecutor, *, agents: int = 2) -> None:
+    def __init__(
+        self, folder: Path, worker: ThreadPoolExecutor, *, agents: int = 2, rounds: int = 2, **federation: Any
+    ) -> None:
         self.now_s = 0.0
         self.exported: dict[int, dict[str, Tensor]] = {}
         self.may_write, self.is_writing = threading.Event(), threading.Event()
         self.may_write.set()
         self.config = server_config(
             folder,
-            training={"rounds": 2, "local_steps": STEPS},
-            federation={"agents": agents, "agent_timeout_s": TIMEOUT_S},
+            training={"rounds": rounds, "local_steps": STEPS},
+            federation={"agents": agents, "agent_timeout_s": TIMEOUT_S, **federation},
         )
         self.engine = RecordingEngine()
         self.store = RunStore(folder / "run", {"name": "small"}, resume=True)
