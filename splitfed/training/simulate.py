@@ -14,7 +14,6 @@ from splitfed.federation.cohort import ranked
 from splitfed.federation.variants import Staleness, Variant, variant_of
 from splitfed.models import (
     Partition,
-    Segment,
     Trunk,
     adapter_parameters,
     adapter_state,
@@ -82,6 +81,7 @@ def simulate(
     codecs: CodecSection | None = None,
     federation: FederationSection | None = None,
     aggregation: AggregationSection | None = None,
+    trunk: Trunk | None = None,
     ranks: Mapping[str, int] | None = None,
     personal: Collection[str] = (),
     seconds: Mapping[str, float] | None = None,
@@ -102,6 +102,7 @@ def simulate(
         codecs: Codec of each direction; as above.
         federation: Variant and cohort; as above, save that every client takes part.
         aggregation: What becomes of a round's updates; as above.
+        trunk: The server's, without an adapter yet, where no client's trunk has the blocks of all others.
         ranks: Rank of a client's own adapter, where it is less than the run's.
         personal: "bottom", "top", both or neither: whose adapter every client keeps to itself.
         seconds: Virtual seconds that an answer takes each client ("async"); left out = all are as fast.
@@ -124,6 +125,7 @@ def simulate(
         codecs=codecs or CodecSection(),
         federation=federation or FederationSection(agents=len(shards)),
         aggregation=aggregation or AggregationSection(),
+        trunk=trunk,
         ranks=ranks or {},
         personal=personal,
         seconds=seconds,
@@ -144,6 +146,7 @@ class _Run:
         codecs: CodecSection,
         federation: FederationSection,
         aggregation: AggregationSection,
+        trunk: Trunk | None,
         ranks: Mapping[str, int],
         personal: Collection[str],
         seconds: Mapping[str, float] | None,
@@ -179,14 +182,13 @@ class _Run:
             for client, shard in shards.items()
         }
         self._parts = {id(each): each for each in of_client.values()}.values()
-        for segment in _segments(self._parts):
+        self._segments = [segment for each in self._parts for segment in each] + ([] if trunk is None else [trunk])
+        for segment in self._segments:
             add_adapter(segment, settings, seed=seed, residual_rank=residual_rank)
-        self._trunk = TrunkTrainer(_widest(each.trunk for each in self._parts), training, seed=seed)
+        self._trunk = TrunkTrainer(_widest([each.trunk for each in self._parts], trunk), training, seed=seed)
         self._codecs = link_codecs(codecs)
         self._optimisers: dict[str, dict[str, Tensor]] = {}
-        adapter = {
-            name: tensor for segment in _segments(self._parts) for name, tensor in adapter_state(segment).items()
-        }
+        adapter = {name: tensor for segment in self._segments for name, tensor in adapter_state(segment).items()}
         self._result = Simulation(lora, adapter, {client: [] for client in shards})
 
     def run(self, on_round: Callable[[int, Mapping[str, Tensor]], None]) -> Simulation:
@@ -202,7 +204,7 @@ class _Run:
             for name, client in self._clients.items()
         }
         if not self._aggregator.residual():
-            for segment in _segments(self._parts):
+            for segment in self._segments:
                 load_adapter_state(segment, result.adapter)
         return result
 
@@ -212,22 +214,22 @@ class _Run:
         order = ranked(self._clients, seed=self._seed, round=round)[: self._federation.cohort]
         cohort = {client: self._clients[client] for client in order}
         residual = self._aggregator.residual()
-        for segment in _segments(self._parts) if residual else []:
+        for segment in self._segments if residual else []:
             load_residual(segment, residual)
         starts = {name: client.begin_round(adapter, residual, factors) for name, client in cohort.items()}
         trunks = self._train(cohort, round, frozenset(name for name in adapter if factor_of(name) in factors))
         merged_names = set(adapter) if self._variant.averages_trunk else self._end_names
+        of_trunks = _merged(trunks.values())
         if merged_names:
-            self._aggregator.begin({name: adapter[name] for name in merged_names}, round)
-        for name, client in sorted(cohort.items()) if merged_names else []:
-            ends = client.update(starts[name], factors, round=round)
-            of_trunk = {key: tensor for key, tensor in trunks[name].items() if key in merged_names}
-            self._aggregator.add(name, Update({**of_trunk, **ends}, len(client.examples)))
-        self._result.adapter = {**adapter, **_merged(trunks.values())}
-        if merged_names:
+            self._aggregator.begin(adapter, round)
+            for name, client in sorted(cohort.items()):
+                state = {key: tensor for key, tensor in trunks[name].items() if key in merged_names}
+                state |= client.update(starts[name], factors, round=round)
+                self._aggregator.add(name, Update(state, len(client.examples)))
             aggregate = self._aggregator.result()
-            self._result.adapter |= aggregate.adapter
             self._result.notes.append(aggregate.notes)
+            adapter = aggregate.adapter
+        self._result.adapter = adapter | {key: of_trunks[key] for key in of_trunks.keys() - merged_names}
 
     def _train(
         self, cohort: Mapping[str, SimulatedClient], round: int, trained: frozenset[str]
@@ -315,16 +317,11 @@ def _examples(
     return examples
 
 
-def _segments(parts: Iterable[Partition]) -> list[Segment]:
-    return [segment for each in parts for segment in each]
-
-
-def _widest(trunks: Iterable[Trunk]) -> Trunk:
-    """Give the trunk that every other one is a slice of."""
-    trunks = list(trunks)
-    widest = max(trunks, key=lambda trunk: len(trunk.blocks))
+def _widest(trunks: Sequence[Trunk], servers: Trunk | None) -> Trunk:
+    """Give the trunk that every client's is a slice of."""
+    widest = servers or max(trunks, key=lambda trunk: len(trunk.blocks))
     if any(not set(trunk.blocks) <= set(widest.blocks) for trunk in trunks):
-        raise ValueError("No client's trunk covers all others'; cut one of them so that it has every other's blocks.")
+        raise ValueError("No client's trunk has the blocks of all others; give the trunk of a partition that has.")
     return widest
 
 
