@@ -125,6 +125,29 @@ def test_what_does_not_go_together_with_the_run_is_refused(
         ("[lora]\ntargets = 'q_proj'", "lora.targets must be a list, but is the string 'q_proj'"),
         ("[lora]\ntargets = ['q_proj', 3]", "lora.targets[1] must be a string, but is the integer 3"),
         ("[lora]\ntargets = []", "lora.targets must be a list that is not empty, but is the list []"),
+        ("[federation]\nquorum = 2", "federation.quorum is 2, more than agents = 1: no round would ever be over"),
+        (
+            "[federation]\nagents = 4\ncohort = 2\nquorum = 3",
+            "federation.quorum is 3, more than cohort = 2: no round would ever be over; lower it",
+        ),
+        (
+            "[federation]\nagents = 3\npopulation = 2",
+            "federation.population is 2, fewer than agents = 3; raise it, or leave it out",
+        ),
+        (
+            "[federation]\nagents = 3\ncohort = 4",
+            "federation.cohort is 4, more than may ever take part (3); lower it, or raise population",
+        ),
+        (
+            "[federation]\nagents = 3\nover_selection = 1",
+            "federation.over_selection is 1, but without a cohort everyone is asked; set cohort, or leave it out",
+        ),
+        (
+            "[federation]\nagents = 3\ncohort = 2\nover_selection = 2",
+            "federation.over_selection is 2, which with cohort = 2 asks more than may ever take part (3); lower it",
+        ),
+        ("[federation]\nstraggler_margin = 0.5", "federation.straggler_margin must be at least 1.0, but is the number"),
+        ("[federation]\nlate_updates = 'keep'", "federation.late_updates must be 'drop' or 'merge', but is the string"),
         ("[codecs]\nsmashed = 'int4'", "codecs.smashed must be 'none', 'bf16', 'fp16' or 'int8', but is the"),
         ("[server]\naddress = 'localhost'", "server.address is 'localhost'; write host:port, such as 127.0.0.1:50151"),
         ("[tls]\nkey = 'a'\nauthority = 'b'", "tls.certificate is missing; add it: This daemon's certificate"),

@@ -72,9 +72,7 @@ class OpenRound:
         """Ask whoever has to be asked by now; gives those that may start from this call on."""
         if self.is_closed:
             return []
-        for client in ranked(here - self.asked.keys(), seed=self.policy.seed, round=self.number):
-            if self.policy.cohort is not None and self._can_meet_quorum(here):
-                break
+        while (client := self._next_needed(here)) is not None:
             self._replace_by(client, here)
             self.asked[client] = Pace()
         if self.policy.takes_turns:
@@ -144,8 +142,12 @@ class OpenRound:
         started = {client for client, pace in self.asked.items() if pace.started_s is not None}
         return (here & started) - self.submitted
 
-    def _can_meet_quorum(self, here: set[str]) -> bool:
-        return len(self.submitted | (here & self.asked.keys())) >= self.policy.quorum
+    def _next_needed(self, here: set[str]) -> str | None:
+        """Give the next in the ranking, if there is one and it is needed."""
+        can_meet_quorum = len(self.submitted | (here & self.asked.keys())) >= self.policy.quorum
+        if self.policy.cohort is not None and can_meet_quorum:
+            return None
+        return next(iter(ranked(here - self.asked.keys(), seed=self.policy.seed, round=self.number)), None)
 
     def _next_turn(self, here: set[str]) -> list[str]:
         """Give the turn on once its holder has submitted, is gone or was cut off; gives who has it from now on."""

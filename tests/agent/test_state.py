@@ -79,6 +79,15 @@ def test_the_optimiser_comes_back_after_the_last_round_and_the_one_before(state:
     assert state.optimiser_after("run", 2) is None
 
 
+def test_the_optimiser_that_a_round_started_from_is_kept_however_long_ago_that_was(state: AgentState) -> None:
+    state.keep_optimiser("run", 3, moments(3), start=0)
+    for dropped in (5, 8):
+        state.keep_optimiser("run", dropped, moments(dropped), start=3)
+        assert state.optimiser_after("run", 3) is not None
+    state.keep_optimiser("run", 9, moments(9), start=8)
+    assert state.optimiser_after("run", 3) is None
+
+
 def test_the_optimiser_of_another_run_is_left_alone(state: AgentState) -> None:
     state.keep_optimiser("first", 1, moments(1))
     for round in (1, 2, 3):

@@ -30,6 +30,7 @@ def state(round: int) -> RunState:
         optimisers={"a": {"k/exp_avg": torch.tensor([1.0, 2.0])}, "b": {}},
         weights={"a": 3, "b": 1},
         agent_ids={"a": "00" * 16, "b": "01" * 16},
+        counted={"a": round, "b": 1},
     )
 
 
@@ -56,6 +57,17 @@ def test_a_new_directory_has_no_round(tmp_path: Path, open_store: OpenStore) -> 
     assert open_store(tmp_path / "run", IDENTITY).load() is None
 
 
+def test_a_checkpoint_that_does_not_say_whose_update_was_counted_last_counts_everyones(
+    tmp_path: Path, open_store: OpenStore
+) -> None:
+    open_store(tmp_path / "run", IDENTITY).save(state(2))
+    facts = tmp_path / "run" / "checkpoints" / "round-0002" / "state.json"
+    facts.write_text(json.dumps({k: v for k, v in json.loads(facts.read_text()).items() if k != "counted"}))
+    loaded = open_store(tmp_path / "run", IDENTITY, resume=True).load()
+    assert loaded is not None
+    assert loaded.counted == {"a": 2, "b": 2}
+
+
 def test_the_last_round_comes_back_as_it_was(tmp_path: Path, open_store: OpenStore) -> None:
     store = open_store(tmp_path / "run", IDENTITY)
     for round in (1, 2, 3):
@@ -64,6 +76,7 @@ def test_the_last_round_comes_back_as_it_was(tmp_path: Path, open_store: OpenSto
     assert loaded is not None
     wanted = state(3)
     assert (loaded.round, loaded.weights, loaded.agent_ids) == (3, wanted.weights, wanted.agent_ids)
+    assert loaded.counted == {"a": 3, "b": 1}
     assert torch.equal(*(s.trunk["model.layers.1.q.lora_A.weight"] for s in (loaded, wanted)))
     assert torch.equal(*(s.ends["model.layers.0.q.lora_A.weight"] for s in (loaded, wanted)))
     assert torch.equal(loaded.optimisers["a"]["k/exp_avg"], torch.tensor([1.0, 2.0]))
