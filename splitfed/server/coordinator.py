@@ -15,6 +15,7 @@ from torch import Tensor
 from splitfed.config import ServerConfig
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
 from splitfed.federation import FixedPointMean, Phase, RoundPolicy, Rounds
+from splitfed.federation.variants import variant_of
 from splitfed.server.contribution import Contribution, happenings, metrics_line, rebased
 from splitfed.server.engine import Engine
 from splitfed.server.member_session import MemberSession
@@ -78,7 +79,7 @@ class Coordinator:
         self._export = export
         self._worker = worker
         self._clock = clock
-        self._sessions: dict[str, TrainSession] = {}
+        self._sessions: dict[str, MemberSession] = {}
         self._late_bases: dict[str, dict[str, Tensor]] = {}
         self._contributions: dict[str, Contribution] = {}
         self._round_started_s = clock()
@@ -280,6 +281,9 @@ class Coordinator:
         """
         async with self._closing:
             was_open = self.rounds.phase is Phase.OPEN
+            for client, session in self._sessions.items():
+                if session.is_answering:  # it waits for the server, not the server for it
+                    self.rounds.progress(client, self._clock())
             for client in self.rounds.leave_out_silent(self._clock()):
                 _log.warning(
                     "round %d goes on without %s: no progress for %.0f s",
@@ -481,7 +485,7 @@ def round_policy(config: ServerConfig) -> RoundPolicy:
         quorum=federation.quorum,
         straggler_margin=federation.straggler_margin,
         merges_late=federation.late_updates == "merge",
-        takes_turns=federation.variant == "sflv2",
+        takes_turns=variant_of(federation.variant).takes_turns,
         local_steps=config.training.local_steps,
         seed=config.run.seed,
         longest_look_s=_LONGEST_LOOK_S,

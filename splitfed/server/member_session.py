@@ -11,11 +11,13 @@ class MemberSession(TrainSession):
     """A `TrainSession` of a member that may be too slow for its round, or lose its turn.
 
     Attributes:
+        is_answering: An operation came whose answer is not ready yet.
         why_over: Gives the error that the member is to get where its round goes on without this session; None where it
             does not. Asked before each operation, and after one that failed.
         on_steps: Told the local steps made so far, after each.
     """
 
+    is_answering = False
     why_over: Callable[[], SplitFedError | None]
     on_steps: Callable[[int], None]
 
@@ -29,12 +31,15 @@ class MemberSession(TrainSession):
         if (error := self.why_over()) is not None:
             raise error
         is_new = operation.number == self.next_number
+        self.is_answering = True
         try:
             replies = await super().answer(operation)
         except ProtocolError as failure:
             if (error := self.why_over()) is not None:
                 raise error from failure
             raise
+        finally:
+            self.is_answering = False
         if is_new and operation.body == "step":
             self.on_steps(operation.request.step.step + 1)
         return replies

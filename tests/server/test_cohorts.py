@@ -287,3 +287,26 @@ async def test_a_turn_that_is_lost_leaves_no_slot_behind(open_run: OpenRun) -> N
     assert run.coordinator.rounds.may_start(second)
     with pytest.raises(RoundLost, match=f"Round 1 goes on without this session of '{first}'"):
         await step(session, 1)
+
+
+async def test_a_member_that_waits_for_its_answer_is_not_taken_for_silent(
+    open_run: OpenRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(agents=2)
+    await run.join("a", "b")
+    session, may_answer = await run.train("a", steps=1), asyncio.Event()
+    apply = run.engine.apply
+
+    async def take_long(*given: Any, **named: Any) -> Any:
+        await may_answer.wait()
+        return await apply(*given, **named)
+
+    monkeypatch.setattr(run.engine, "apply", take_long)
+    stepping = asyncio.create_task(step(session, 1))
+    await asyncio.sleep(0)  # until the operation is there
+    await time_passes(run, 30)
+    assert run.coordinator.rounds.joined == 1  # b, which has nothing to wait for, is left out
+    may_answer.set()
+    await stepping
+    await time_passes(run, 11)
+    assert run.coordinator.rounds.joined == 0
