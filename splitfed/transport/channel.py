@@ -28,7 +28,7 @@ SERVER_OPTIONS = [
     *_LIMITS,
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # A second daemon on the same port must fail, not share it.
     ("grpc.so_reuseport", 0),

@@ -9,11 +9,15 @@ from typing import Any
 import grpc
 import pytest
 from grpc import aio
+from grpc._cython import cygrpc
 
 from splitfed.errors import ConfigError
-from splitfed.transport.channel import SERVER_OPTIONS, open_channel, server_credentials
+from splitfed.transport import channel
+from splitfed.transport.channel import CHANNEL_OPTIONS, SERVER_OPTIONS, open_channel, server_credentials
 from splitfed.transport.tensors import CHUNK_BYTES, MAX_MESSAGE_BYTES
 from tests.service.certificates import Authority
+
+FASTER = 10
 
 
 async def echo(request: bytes, context: Any) -> bytes:
@@ -24,11 +28,24 @@ async def flood(request: bytes, context: Any) -> bytes:
     return bytes(MAX_MESSAGE_BYTES + 1)
 
 
+async def ponder(request: bytes, context: Any) -> bytes:
+    """Answer after six of the client's pings, with no data meanwhile."""
+    await asyncio.sleep(6 * 10.0 / FASTER)
+    return request
+
+
+def faster(options: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Let the pings of both sides go as much faster."""
+    is_ping = ("keepalive_time_ms", "ping_interval_without_data_ms")
+    return [(name, value // FASTER if name.endswith(is_ping) else value) for name, value in options]
+
+
 @contextlib.asynccontextmanager
 async def serving(options: Any) -> AsyncIterator[str]:
     """Serve one method that sends back what it gets, and one that sends too much."""
     server = aio.server(options=options)
-    methods = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in (("Echo", echo), ("Flood", flood))}
+    named = {"Echo": echo, "Flood": flood, "Ponder": ponder}
+    methods = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in named.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -40,9 +57,9 @@ async def serving(options: Any) -> AsyncIterator[str]:
 
 def call(address: str, method: str, request: bytes) -> grpc.StatusCode:
     """Call a method over a channel of ours; gives how it ended."""
-    with open_channel(address, None) as channel:
+    with open_channel(address, None) as opened:
         try:
-            channel.unary_unary(f"/test/{method}")(request, timeout=20)
+            opened.unary_unary(f"/test/{method}")(request, timeout=20)
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
@@ -71,6 +88,18 @@ async def test_a_second_server_on_the_same_port_fails() -> None:
         second = aio.server(options=SERVER_OPTIONS)
         with pytest.raises(RuntimeError, match="bind"):
             second.add_insecure_port(address)
+
+
+def test_every_option_is_one_that_the_library_knows() -> None:
+    """An option that it does not know is passed over in silence."""
+    known = Path(cygrpc.__file__).read_bytes()
+    assert [name for name, _ in [*CHANNEL_OPTIONS, *SERVER_OPTIONS] if name.encode() not in known] == []
+
+
+async def test_a_client_that_waits_long_without_data_is_not_thrown_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "CHANNEL_OPTIONS", faster(CHANNEL_OPTIONS))
+    async with serving(faster(SERVER_OPTIONS)) as address:
+        assert await asyncio.to_thread(call, address, "Ponder", b"") is grpc.StatusCode.OK
 
 
 @pytest.mark.parametrize("which", ["key", "certificate", "authority"])
