@@ -237,7 +237,7 @@ def test_a_client_that_holds_no_block_sends_no_adapter() -> None:
 def test_wherever_each_client_is_cut_it_computes_what_fed_lora_computes(
     base: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    cuts = {"a": (1, 1), "b": (2, 1), "c": (1, 2)}
+    cuts = {"a": (1, 1), "b": (2, 1), "c": (0, 2)}
     whole = run(fed_lora, base, tokenizer, SHARDS)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     split = simulate(
@@ -247,6 +247,7 @@ def test_wherever_each_client_is_cut_it_computes_what_fed_lora_computes(
         training=TRAINING,
         lora=LORA,
         codecs=OPEN,
+        trunk=partition(model, bottom_blocks=0, top_blocks=0).trunk,
         seed=SEED,
     )
     for client in SHARDS:
