@@ -40,7 +40,7 @@ class Rounds:
         * No round is over below its quorum.
         * An update is counted at most once, in the round that it was made in or, late, in one after it.
         * Who is asked as a round opens is a function of the seed, the round and who is here.
-        * While at least half of those that were asked are at work, nobody is cut off.
+        * While at least half of those that were asked at once are at work, none of them is cut off.
     """
 
     agents: int

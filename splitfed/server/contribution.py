@@ -1,6 +1,6 @@
 """What came with an update, and a round's line of figures."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -65,7 +65,7 @@ def metrics_line(
     }
 
 
-def happenings(rounds: Rounds) -> dict[str, object]:
+def happenings(rounds: Rounds) -> dict[str, Collection[str]]:
     """Say what became of the members of a round that is closed, as far as it is out of the ordinary.
 
     Returns:
@@ -73,7 +73,7 @@ def happenings(rounds: Rounds) -> dict[str, object]:
         ``late`` (whom the round was closed without), ``dropped`` (whose late update was given up in this round), and
         ``merged`` (whose late update is in this round, and the round that it was made in).
     """
-    said: dict[str, object] = {
+    said: dict[str, Collection[str]] = {
         "selected": rounds.selected if rounds.policy.cohort is not None else [],
         "replaced": rounds.replaced,
         "late": rounds.late,

@@ -87,6 +87,7 @@ class Coordinator:
         self._closing = asyncio.Lock()
         self._told_end: set[str] = set()
         self.wire_bytes: Counter[tuple[str, str]] = Counter()
+        self.happened: Counter[str] = Counter()
         self.is_draining = False
         self.rounds.restore(state.weights, clock())
         self._agent_ids = dict(state.agent_ids)
@@ -445,6 +446,8 @@ class Coordinator:
             if client not in self._sessions:
                 await self._engine.empty(session.slot)
         _log.info("round %d of %d is written (%.1f s)", state.round, self.rounds.rounds, seconds)
+        for what, who in happened.items():
+            self.happened[what] += len(who)
         if happened:
             _log.info("round %d: %s", state.round, json.dumps(happened))
 

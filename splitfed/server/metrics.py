@@ -33,10 +33,12 @@ def exposed(coordinator: Coordinator, port: int | None) -> Iterator[None]:
         ("splitfed_round", "Rounds that are over", lambda: rounds.committed),
         ("splitfed_rounds", "Rounds of the run", lambda: rounds.rounds),
         ("splitfed_agents_joined", "Agents that are here", lambda: rounds.joined),
+        ("splitfed_agents_selected", "Agents that the open round has asked", lambda: len(rounds.selected)),
         ("splitfed_agents_submitted", "Agents whose update of the open round is here", lambda: len(rounds.submitted)),
     ):
         Gauge(name, text, registry=registry).set_function(read)
     registry.register(_Traffic(coordinator))
+    registry.register(_Happenings(coordinator))
     try:
         server, thread = start_http_server(port, addr=_HOST, registry=registry)
     except OSError as error:
@@ -64,4 +66,20 @@ class _Traffic(Collector):
         )
         for (client, direction), count in sorted(self._coordinator.wire_bytes.items()):
             family.add_metric([client, direction], count)
+        yield family
+
+
+class _Happenings(Collector):
+    """Agents to which something out of the ordinary happened in the rounds since the server started, by what it was."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Give the present counts."""
+        family = CounterMetricFamily(
+            "splitfed_agents_out_of_step", "Agents late, dropped, merged or replaced in a round", labels=["what"]
+        )
+        for what in ("late", "dropped", "merged", "replaced"):
+            family.add_metric([what], self._coordinator.happened[what])
         yield family

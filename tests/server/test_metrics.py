@@ -31,6 +31,8 @@ def test_figures_of_a_running_server(tmp_path: Path) -> None:
         wait_until(lambda: figures()["splitfed_agents_joined"] == 1)
         assert figures()["splitfed_round"] == 0
         assert figures()["splitfed_rounds"] == config.training.rounds
+        assert figures()["splitfed_agents_selected"] == 0
+        assert figures()['splitfed_agents_out_of_step_total{what="late"}'] == 0
         second = start_agent(agent_config(tmp_path, "b", server.address, data))
         wait_until(lambda: figures().get('splitfed_wire_bytes_total{agent="b",direction="up"}', 0) > 1000)
         first.result(60)
