@@ -35,6 +35,8 @@ class PerExampleMechanism:
           gathered in float64, so that rounding adds less than the clip leaves free.
         * An example moves no other example's share of the sum: replacing one moves the sum by at most
           ``sensitivity()`` = 2·C, dropping one by at most C.
+        * A row that holds no example adds nothing, and costs the same work and the same refusals as any other: neither
+          the time nor the failing of a step tells how many were drawn.
         * The noise has standard deviation ``noise_multiplier * sensitivity()`` on every element of every tensor, a
           tensor of zeros included.
         * A release is the Gaussian mechanism with noise multiplier z: (α, α / (2·z²))-RDP for every α > 1.
@@ -97,11 +99,12 @@ class PerExampleMechanism:
         target = self.clipping_norm * _SLACK
         return target / norms_B.clamp(min=target)
 
-    def clip(self, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def clip(self, per_example: Mapping[str, Tensor], *, is_real_B: Tensor | None = None) -> dict[str, Tensor]:
         """Clip each example's gradient and add them up.
 
         Args:
             per_example: Gradients by the name of their parameter, shape [B, ...] each, of the same B examples.
+            is_real_B: False for rows that hold no example and are to add nothing, shape [B]; None = all hold one.
 
         Returns:
             The sum over the examples, by the same names, shape [...] each, float64.
@@ -112,6 +115,8 @@ class PerExampleMechanism:
         if not per_example:
             return {}
         factors_B = self.clip_factors(_norms(per_example))
+        if is_real_B is not None:
+            factors_B = factors_B * is_real_B
         return {
             name: (factors_B @ gradients.flatten(1).double()).view(gradients.shape[1:])
             for name, gradients in per_example.items()

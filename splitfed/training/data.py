@@ -41,6 +41,9 @@ class Example:
     record: str
 
 
+_NOTHING = Example([], [], "")
+
+
 class ExampleSet(Sequence[Example]):
     """Many examples in little memory: 8 bytes a token.
 
@@ -103,7 +106,7 @@ class Batch:
         input_ids_BT: Token ids, int64, shape [B, T].
         labels_BT: Labels, int64, shape [B, T]; -100 where none carries loss, padding included.
         records: Record of each sequence that is an example.
-        is_real_B: False where a row holds no example, shape [B]; None = all rows do.
+        is_real_B: False where a row holds no example, shape [B]; None = all rows do, and may show it.
     """
 
     input_ids_BT: Tensor
@@ -156,6 +159,9 @@ def collate(examples: Sequence[Example | None], *, pad_token_id: int, length: in
         pad_token_id: Token id of the padding.
         length: Tokens to pad to, the run's T with noise on; None = the longest example.
 
+    Returns:
+        The batch. With a ``length`` it has the same form and takes the same work whatever rows hold an example.
+
     Raises:
         ValueError: If there are no examples, or one is longer than ``length``.
     """
@@ -165,19 +171,18 @@ def collate(examples: Sequence[Example | None], *, pad_token_id: int, length: in
         raise ValueError("there are no examples to collate")
     if longest > T:
         raise ValueError(f"an example has {longest} tokens, more than the length {T} to pad to")
-    input_ids_BT = torch.full((len(examples), T), pad_token_id, dtype=torch.int64)
-    labels_BT = torch.full((len(examples), T), IGNORED_LABEL, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        if example is not None:
-            input_ids_BT[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-            labels_BT[row, : len(example.labels)] = torch.tensor(example.labels)
+    held = [_NOTHING if example is None else example for example in examples]
     is_real = [example is not None for example in examples]
     return Batch(
-        input_ids_BT,
-        labels_BT,
+        torch.tensor([_filled(example.input_ids, pad_token_id, T) for example in held]),
+        torch.tensor([_filled(example.labels, IGNORED_LABEL, T) for example in held]),
         [example.record for example in examples if example is not None],
-        None if all(is_real) else torch.tensor(is_real),
+        None if length is None and all(is_real) else torch.tensor(is_real),
     )
+
+
+def _filled(values: list[int], filler: int, length: int) -> list[int]:
+    return values + [filler] * (length - len(values))
 
 
 def _load(

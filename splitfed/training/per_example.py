@@ -166,12 +166,13 @@ class GradientSum:
             is_real_B: False for rows that hold no example, shape [B]; left out = all hold one.
 
         Raises:
-            PrivacyError: If an example's gradient holds a NaN or an infinity.
+            PrivacyError: If a row's gradient holds a NaN or an infinity, whether the row holds an example or not.
+
+        Guarantees:
+            * Every row is clipped, so that the work does not tell how many hold an example.
         """
         per_example = {name: gradients for each in passes for name, gradients in each.gradients.items()}
-        if is_real_B is not None:
-            per_example = {name: gradients[is_real_B] for name, gradients in per_example.items()}
-        for name, clipped in self._mechanism.clip(per_example).items():
+        for name, clipped in self._mechanism.clip(per_example, is_real_B=is_real_B).items():
             self.sums[name] += clipped
 
 

@@ -77,6 +77,24 @@ def test_the_sum_is_that_of_the_examples_clipped_one_by_one():
         torch.testing.assert_close(total, sum(clipped[name] for clipped in one_by_one), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("held", [[], [0], [1, 4], [0, 1, 2, 3, 4, 5]])
+def test_a_row_that_holds_no_example_adds_nothing(held):
+    per_example, tested = gradients(6, scale=3.0), mechanism(2.0)
+    is_real_B = torch.tensor([row in held for row in range(6)])
+    for name, total in tested.clip(per_example, is_real_B=is_real_B).items():
+        each = [tested.clip(only(per_example, row))[name] for row in held]
+        torch.testing.assert_close(total, sum(each, torch.zeros_like(total)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_that_holds_no_example_is_refused_like_any_other():
+    """Or the refusal would tell that the row held one."""
+    per_example = gradients(3)
+    per_example["b"][1] = math.inf
+    for held in ([True, True, True], [True, False, True], [False] * 3):
+        with pytest.raises(PrivacyError, match="nothing was applied"):
+            mechanism().clip(per_example, is_real_B=torch.tensor(held))
+
+
 def test_an_example_is_clipped_by_the_norm_over_all_tensors_not_of_each():
     per_example = {"a": torch.full((1, 9), 1.0), "b": torch.full((1, 16), 1.0)}  # norms 3 and 4, together 5
     clipped = mechanism(4.0).clip(per_example)

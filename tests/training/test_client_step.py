@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from splitfed.errors import NonFiniteLoss, PrivacyError, RoundLost
 from splitfed.models import adapter_parameters, load_adapter_state
@@ -183,6 +185,19 @@ def test_a_smashed_gradient_is_asked_for_where_the_bottom_has_something_to_train
 # Rows that hold no example
 
 
+class Operations(TorchDispatchMode):
+    """Keeps the name and the shapes of everything that torch computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[str, list[torch.Size]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.done.append((str(func), [tensor.shape for tensor in tensors]))
+        return func(*args, **(kwargs or {}))
+
+
 SECRET = TRAINING.model_copy(update={"batch_size": 6, "micro_batch_size": 4})
 DRAWS: list[list[Example | None]] = [
     [None] * 6,
@@ -247,9 +262,15 @@ def test_a_row_without_an_example_is_in_no_sum_and_no_record_though_noise_flows_
     records: list[list[str]] = []
     clip, adapter_gradient = PerExampleMechanism.clip, LedgeredReleases.adapter_gradient
 
-    def watched_clip(self: PerExampleMechanism, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def watched_clip(
+        self: PerExampleMechanism, per_example: Mapping[str, Tensor], *, is_real_B: Tensor
+    ) -> dict[str, Tensor]:
         clipped.append({len(gradients) for gradients in per_example.values()})
-        return clip(self, per_example)
+        total = clip(self, per_example, is_real_B=is_real_B)
+        held = clip(self, {name: gradients[is_real_B] for name, gradients in per_example.items()})
+        for name in held:
+            assert_equal_to_rounding(total[name], held[name], name)
+        return total
 
     def watched_gate(self: LedgeredReleases, sums: Mapping[str, Tensor], **beside: Any) -> dict[str, Tensor]:
         records.append(beside["records"])
@@ -260,8 +281,21 @@ def test_a_row_without_an_example_is_in_no_sum_and_no_record_though_noise_flows_
     client = secret_client(ledger)
     for step, draw in enumerate(DRAWS[:2]):
         client.trainer.step(client.link, draw, round=1, step=step)
-    assert clipped == [{0}, {0}, {1}, {1}]  # four rows and two
+    assert clipped == [{4}, {2}] * 2  # all rows are clipped, so that the time does not tell how many were drawn
     assert records == [[], ["r0", "r1"]]
+
+
+def test_a_step_does_the_same_work_whoever_was_drawn(ledger: Ledger) -> None:
+    """Every operation of every step is on the same shapes: with all rows held, with some, and with none."""
+    work = []
+    for draw in DRAWS:
+        client = secret_client(ledger)
+        client.trainer.step(client.link, DRAWS[3], round=1, step=0)  # what is made once
+        with Operations() as operations:
+            client.trainer.step(client.link, draw, round=1, step=1)
+        work.append(operations.done)
+    assert len(work[0]) > 100
+    assert [done == work[0] for done in work] == [True] * len(DRAWS)
 
 
 def test_an_empty_draw_is_a_step_of_noise_alone(ledger: Ledger) -> None:

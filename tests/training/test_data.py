@@ -152,10 +152,18 @@ def test_a_row_without_an_example_is_padding_that_carries_no_loss() -> None:
     assert batch.records == ["a"]
     assert batch.is_real_B is not None
     assert batch.is_real_B.tolist() == [False, True, False]
-    assert collate([Example([5], [5], "a")], pad_token_id=9, length=3).is_real_B is None
     empty = collate([None, None], pad_token_id=9, length=3)
     assert empty.input_ids_BT.shape == (2, 3)
     assert empty.records == []
+
+
+def test_a_batch_of_the_runs_length_has_one_form_whatever_rows_hold_an_example() -> None:
+    text = Example([5], [5], "a")
+    for rows in ([text, text], [text, None], [None, None]):
+        batch = collate(rows, pad_token_id=9, length=3)
+        assert batch.is_real_B is not None
+        assert batch.is_real_B.tolist() == [row is not None for row in rows]
+    assert collate([text, text], pad_token_id=9).is_real_B is None
 
 
 def test_what_cannot_be_collated_is_refused() -> None:

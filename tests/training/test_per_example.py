@@ -51,10 +51,10 @@ class KeepingMechanism(PerExampleMechanism):
         self.sums: list[dict[str, Tensor]] = []
         self.calls: list[str] = []
 
-    def clip(self, per_example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def clip(self, per_example: Mapping[str, Tensor], *, is_real_B: Tensor | None = None) -> dict[str, Tensor]:
         self.clipped.append(per_example)
         self.calls.append("clip")
-        return super().clip(per_example)
+        return super().clip(per_example, is_real_B=is_real_B)
 
     def release(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.sums.append(dict(sums))
