@@ -26,6 +26,7 @@ from splitfed.privacy.mechanisms import (
 from splitfed.privacy.metric import MetricMechanism
 from splitfed.privacy.noise import NoiseStream
 from splitfed.privacy.per_example import PerExampleMechanism
+from splitfed.privacy.reply import bounded_reply
 from splitfed.privacy.salt import record_hash
 from splitfed.privacy.sampling import StepSampling
 from splitfed.privacy.spending import CHANNELS, Channel, Charge
@@ -51,6 +52,7 @@ __all__ = [
     "StepSampling",
     "Unit",
     "UpdateMechanism",
+    "bounded_reply",
     "clip",
     "epsilon",
     "format_epsilon",

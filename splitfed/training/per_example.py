@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from splitfed.errors import PrivacyError
 from splitfed.models import Segment, adapter_parameters
-from splitfed.privacy import PerExampleMechanism
+from splitfed.privacy import PerExampleMechanism, bounded_reply
 
 _Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 
@@ -43,12 +43,17 @@ class RecordedPass:
 
         Args:
             output: What the segment gave, or the sum of per-sequence losses of it.
-            gradient: Gradient at the output; left out for a loss.
+            gradient: Gradient at the output, shape [B, T, D], as another party gave it; left out for a loss.
             wrt: An input of the segment that requires a gradient.
 
         Returns:
             The gradient at ``wrt``.
+
+        Guarantees:
+            * ``gradient`` is bounded first, so that a finite one overflows for no text, unless the weights themselves
+              are made for it.
         """
+        gradient = None if gradient is None else bounded_reply(gradient)
         targets = [*([] if wrt is None else [wrt]), *self._starts]
         self._starts.clear()
         found = torch.autograd.grad(output, targets, gradient, allow_unused=True) if targets else ()

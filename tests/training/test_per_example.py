@@ -387,6 +387,41 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_is_applied(val
     assert all(parameter.grad is None for parameter in own_parameters(client.parts).values())
 
 
+@pytest.mark.parametrize("size", [1e30, 2.74e35, 1e37])
+def test_a_reply_that_is_finite_overflows_for_no_text_however_large_it_is(size: float) -> None:
+    """Or the refusal would tell the server which texts make it overflow."""
+
+    class Shouting(RecordingLink):
+        def backward(self, place: Place, output_gradient_BTD: Tensor) -> Future[Tensor | None]:
+            gradient = super().backward(place, output_gradient_BTD)
+            answer = gradient.result()
+            assert answer is not None
+            if place.micro_batch == 1:
+                answer[1] = size * torch.linspace(-1, 1, answer[1].numel()).view_as(answer[1])
+            return gradient
+
+    mechanism = KeepingMechanism(0.5, 1e-6)
+    client = client_of(mechanism)
+    client.trainer.step(Shouting(client.link), TEXTS, round=1, step=0)
+    assert all(torch.isfinite(gradients).all() for each in mechanism.clipped for gradients in each.values())
+    assert sum(float(total.pow(2).sum()) for total in mechanism.sums[0].values()) <= (0.5 * len(TEXTS)) ** 2
+
+
+def test_a_reply_of_a_usual_size_is_taken_to_the_bit() -> None:
+    client = client_of(PerExampleMechanism(1.0, 1.0))
+    bottom, batch = client.parts.bottom, collate(TEXTS[:3], pad_token_id=PAD)
+    layers = PerExampleLayers(bottom)
+    gradient_BTD = torch.randn(3, batch.input_ids_BT.shape[1], D, generator=torch.Generator().manual_seed(0))
+    found = []
+    for scale in (1.0, 2.0**10):  # both below the bound, so the one is exactly so much more than the other
+        with layers.recording(batch.input_ids_BT) as recorded:
+            output_BTD = bottom(batch.input_ids_BT)
+        recorded.backward(output_BTD, gradient_BTD * scale)
+        found.append(recorded.gradients)
+    assert found[0].keys() == adapter_parameters(bottom).keys()
+    assert [name for name in found[0] if not torch.equal(found[0][name] * 2.0**10, found[1][name])] == []
+
+
 def test_a_layer_without_a_grad_sampler_is_refused_by_name() -> None:
     class OddLinear(nn.Linear):
         pass
