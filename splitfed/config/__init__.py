@@ -5,6 +5,8 @@ from splitfed.config.agent import AgentConfig, AgentSection, DataSection
 from splitfed.config.load import load_agent_config, load_server_config
 from splitfed.config.privacy import (
     DEFAULT_NOISE_MULTIPLIER,
+    LARGEST_NOISE_MULTIPLIER,
+    LEAST_NOISE_MULTIPLIER,
     AgentPrivacySection,
     ChannelName,
     PrivacySection,
@@ -26,6 +28,8 @@ from splitfed.config.write import to_toml
 
 __all__ = [
     "DEFAULT_NOISE_MULTIPLIER",
+    "LARGEST_NOISE_MULTIPLIER",
+    "LEAST_NOISE_MULTIPLIER",
     "AgentConfig",
     "AgentPrivacySection",
     "AgentSection",

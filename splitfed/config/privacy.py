@@ -2,11 +2,25 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from splitfed.config.section import Section
 
 ClippingNorm = Annotated[float, Field(ge=1e-20, le=1e20)]
+LEAST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 1e-6, 1e6
+"""Less noise than this rounds away in float32, and protects nothing; more leaves nothing to learn from."""
+
+
+def _no_noise_that_rounds_away(value: float) -> float:
+    if 0 < value < LEAST_NOISE_MULTIPLIER:
+        raise ValueError(
+            f"is {value:g}, which would round away; give {LEAST_NOISE_MULTIPLIER:g} or more, or 0 for no noise"
+        )
+    return value
+
+
+NoiseMultiplier = Annotated[float, Field(ge=0, le=LARGEST_NOISE_MULTIPLIER), AfterValidator(_no_noise_that_rounds_away)]
+NoiseMultiplierAbove0 = Annotated[float, Field(ge=LEAST_NOISE_MULTIPLIER, le=LARGEST_NOISE_MULTIPLIER)]
 ChannelName = Literal["smashed", "output_gradient", "adapter"]
 
 DEFAULT_NOISE_MULTIPLIER = 0.002
@@ -15,7 +29,7 @@ DEFAULT_NOISE_MULTIPLIER = 0.002
 class PrivacySection(Section):
     """How what leaves a device is protected. Noise is on unless it is set to 0."""
 
-    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
+    noise_multiplier: NoiseMultiplier | None = None
     """Standard deviation of the noise ÷ sensitivity, for each release; 0 = no noise on any channel, nothing is
     guaranteed; left out = 0.002, or what epsilon asks for."""
     epsilon: Annotated[float, Field(gt=0)] | None = None
@@ -38,9 +52,9 @@ class PrivacySection(Section):
     """Largest L2 norm of an output gradient; longer ones are scaled down."""
     clipping_norm_adapter: ClippingNorm = 0.1
     """Largest L2 norm of one example's gradient ("dp-sgd"), or of the update ("update")."""
-    noise_multiplier_adapter: Annotated[float, Field(gt=0)] | None = None
+    noise_multiplier_adapter: NoiseMultiplierAbove0 | None = None
     """The noise multiplier of the adapter update; left out = that of the other channels."""
-    eta: Annotated[float, Field(gt=0)] | None = None
+    eta: Annotated[float, Field(ge=1e-25, le=1e25)] | None = None
     """With smashed = "metric": what is guaranteed is eta times the distance of two embeddings."""
     sample_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Probability with which a step draws each example, in secret; left out = examples come in their order."""
@@ -88,7 +102,7 @@ class AgentPrivacySection(PrivacySection):
     """Stop before the epsilon of a record, over all channels and runs, passes this; left out = report only."""
     aggregation_weight: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Weight of this agent's adapter in the average; left out = 1 with noise on, the number of examples without."""
-    least_noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    least_noise_multiplier: NoiseMultiplierAbove0 | None = None
     """Refuse a run with less noise than this for a sequence, on any channel; left out = any noise will do."""
     largest_clipping_norm_smashed: ClippingNorm | None = None
     """Refuse a run that clips smashed data to more than this; left out = any clip will do."""

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from splitfed.config import DEFAULT_NOISE_MULTIPLIER, PrivacySection, TrainingSection
+from splitfed.config import (
+    DEFAULT_NOISE_MULTIPLIER,
+    LARGEST_NOISE_MULTIPLIER,
+    LEAST_NOISE_MULTIPLIER,
+    PrivacySection,
+    TrainingSection,
+)
 from splitfed.errors import ConfigError, WeightsError
 from splitfed.models import Bottom, Top, adapter_parameters
 from splitfed.privacy import (
@@ -101,7 +107,7 @@ def settle_clip(privacy: PrivacySection, bottom: Bottom) -> PrivacySection:
         The section with a clip in it.
 
     Raises:
-        WeightsError: If the bottom's output is not finite, or zero.
+        WeightsError: If the bottom's output is not finite, zero, or of no size that could be clipped to.
     """
     if privacy.clipping_norm_smashed is not None:
         return privacy
@@ -110,7 +116,7 @@ def settle_clip(privacy: PrivacySection, bottom: Bottom) -> PrivacySection:
     with torch.no_grad():
         norms = bottom(tokens_BT).float().norm(dim=-1)
     norm = norms.median().item() * (1.0 if privacy.clip == "token" else math.sqrt(_TOKENS))
-    if not 0 < norm < math.inf:
+    if not 1e-20 <= norm <= 1e20:
         raise WeightsError(f"The base model's bottom gives vectors of norm {norm}; fetch the base model again.")
     return privacy.model_copy(update={"clipping_norm_smashed": float(f"{norm:.3g}")})
 
@@ -131,6 +137,12 @@ def settle_noise(privacy: PrivacySection, workload: Workload) -> PrivacySection:
     if privacy.epsilon is None:
         return with_default_noise(privacy)
     value = _calibrated(privacy, privacy.epsilon, workload)
+    if not LEAST_NOISE_MULTIPLIER <= value <= LARGEST_NOISE_MULTIPLIER:
+        way = "raise" if value > 1 else "lower"
+        raise ConfigError(
+            f"[privacy] epsilon = {privacy.epsilon:g} takes a noise multiplier of {value:g}, outside "
+            f"{LEAST_NOISE_MULTIPLIER:g} to {LARGEST_NOISE_MULTIPLIER:g}; {way} epsilon"
+        )
     return privacy.model_copy(update={"noise_multiplier": value, "epsilon": None})
 
 
@@ -240,17 +252,22 @@ def _calibrated(privacy: PrivacySection, epsilon: float, workload: Workload) -> 
     if privacy.sample_rate is not None:
         sampling = _sampling(privacy, workload)
         assert sampling is not None
-        return sampled_noise_multiplier_for(
-            epsilon,
-            privacy.delta,
-            sample_rate=privacy.sample_rate,
-            steps=workload.steps,
-            channels=2 + trains,
-            unsampled=workload.evaluations,
-            overflow=min(1.0, workload.steps * sampling.overflow),
-        )
+        try:
+            return sampled_noise_multiplier_for(
+                epsilon,
+                privacy.delta,
+                sample_rate=privacy.sample_rate,
+                steps=workload.steps,
+                channels=2 + trains,
+                unsampled=workload.evaluations,
+                overflow=min(1.0, workload.steps * sampling.overflow),
+            )
+        except ValueError as error:
+            raise ConfigError(f"[privacy] {error}") from error
     shared, fixed = _releases(privacy, workload)
     room = gaussian_signal(epsilon, privacy.delta) - fixed
+    if room <= 0 and privacy.noise_multiplier_adapter is None:
+        raise ConfigError(f"[privacy] no noise is enough for epsilon = {epsilon:g}; raise epsilon, or delta")
     if room <= 0:
         raise ConfigError(
             f"[privacy] epsilon = {epsilon:g} is spent by the adapter update alone at noise_multiplier_adapter = "

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_a_clip_that_is_left_out_is_usual_in_the_model_and_always_the_same(botto
     assert 0.3 < (norms_BT < norm).float().mean().item() < 0.7
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30, math.nan, math.inf])
 def test_a_bottom_whose_output_has_no_norm_is_refused(bottom: Bottom, value: float) -> None:
     with torch.no_grad():
         bottom.model.get_input_embeddings().weight.fill_(value)
@@ -256,6 +257,24 @@ def test_an_epsilon_that_a_channel_cannot_keep_is_refused(changes: dict[str, obj
     section = PrivacySection(epsilon=8.0, **changes)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="epsilon = 8 cannot be kept with"):
         settle_noise(section, Workload(TRAINING, ["a"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epsilon": 1e300}, r"epsilon = 1e\+300 takes a noise multiplier of .*, outside 1e-06 to 1e\+06; lower"),
+        ({"epsilon": 1e-9, "delta": 1e-9}, r"epsilon = 1e-09 takes a noise multiplier of .*; raise epsilon"),
+        ({"epsilon": 1e-300, "delta": 1e-300}, "no noise is enough for epsilon = 1e-300; raise epsilon, or delta"),
+        (
+            {"epsilon": 1e-300, "delta": 1e-300, "relation": "zero-out", "sample_rate": 1e-90},
+            "No noise is enough for epsilon 1e-300; choose",
+        ),
+    ],
+    ids=str,
+)
+def test_an_epsilon_that_takes_no_noise_or_too_much_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        settle_noise(PrivacySection(**changes), Workload(TRAINING, train=["a", "b", "c"]))
 
 
 def test_an_epsilon_that_the_adapter_alone_spends_is_refused() -> None:

@@ -1,0 +1,81 @@
+"""Settings under which nothing would be protected, or which contradict each other, are refused where they are read."""
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from splitfed.config import AgentConfig, ServerConfig, load_agent_config, load_server_config
+from splitfed.errors import ConfigError
+
+AGENT = """
+    [agent]
+    name = "a"
+    state_directory = "state"
+    [data]
+    path = "a.txt"
+    [privacy]
+"""
+SERVER = """
+    [run]
+    directory = "run"
+    [model]
+    base = "demo"
+    [privacy]
+"""
+
+Read = Callable[[str], AgentConfig | ServerConfig]
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Callable[[str], AgentConfig]:
+    def read(privacy: str) -> AgentConfig:
+        (tmp_path / "agent.toml").write_text(textwrap.dedent(AGENT) + privacy)
+        return load_agent_config(tmp_path / "agent.toml")
+
+    return read
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Callable[[str], ServerConfig]:
+    def read(privacy: str) -> ServerConfig:
+        (tmp_path / "server.toml").write_text(textwrap.dedent(SERVER) + privacy)
+        return load_server_config(tmp_path / "server.toml")
+
+    return read
+
+
+def sentence(read: Read, privacy: str) -> str:
+    """What a person is told about a section, without the file's name."""
+    with pytest.raises(ConfigError) as refusal:
+        read(privacy)
+    said = str(refusal.value)
+    assert "\n" not in said
+    return said.split(".toml: ", 1)[1]
+
+
+# Noise that is none
+
+
+@pytest.mark.parametrize("key", ["noise_multiplier", "noise_multiplier_adapter", "least_noise_multiplier"])
+@pytest.mark.parametrize("value", ["1e-300", "9e-7", "2e6", "1e29", "1e300"])
+def test_noise_that_rounds_away_or_swamps_everything_is_refused(
+    agent: Callable[[str], AgentConfig], key: str, value: str
+) -> None:
+    assert sentence(agent, f"{key} = {value}").startswith(f"privacy.{key} ")
+
+
+def test_noise_at_its_bounds_and_none_at_all_are_taken(agent: Callable[[str], AgentConfig]) -> None:
+    for value in ("1e-6", "1e6", "0"):
+        assert agent(f"noise_multiplier = {value}").privacy.noise_multiplier == float(value)
+
+
+def test_what_rounds_away_is_said_to(server: Callable[[str], ServerConfig]) -> None:
+    said = "privacy.noise_multiplier is 1e-300, which would round away; give 1e-06 or more, or 0 for no noise"
+    assert sentence(server, "noise_multiplier = 1e-300").startswith(said)
+
+
+@pytest.mark.parametrize("value", ["1e30", "1e-30", "0"])
+def test_an_eta_that_no_noise_has_is_refused(server: Callable[[str], ServerConfig], value: str) -> None:
+    assert sentence(server, f'smashed = "metric"\neta = {value}').startswith("privacy.eta must be at ")
