@@ -1,6 +1,6 @@
 """How what leaves a device is protected: what a run asks for, and what a device's owner insists on."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -22,6 +22,7 @@ def _no_noise_that_rounds_away(value: float) -> float:
 NoiseMultiplier = Annotated[float, Field(ge=0, le=LARGEST_NOISE_MULTIPLIER), AfterValidator(_no_noise_that_rounds_away)]
 NoiseMultiplierAbove0 = Annotated[float, Field(ge=LEAST_NOISE_MULTIPLIER, le=LARGEST_NOISE_MULTIPLIER)]
 ChannelName = Literal["smashed", "output_gradient", "adapter"]
+CHANNELS: Final[tuple[ChannelName, ...]] = ("smashed", "output_gradient", "adapter")
 
 DEFAULT_NOISE_MULTIPLIER = 0.002
 
@@ -66,6 +67,17 @@ class PrivacySection(Section):
     def is_on(self) -> bool:
         """Something is noised."""
         return self.noise_multiplier != 0
+
+    def open_channels(self) -> dict[ChannelName, str]:
+        """Give the channels that leave without an epsilon, each with the setting that lets it."""
+        if not self.is_on:
+            return dict.fromkeys(CHANNELS, "noise_multiplier = 0")
+        found: dict[ChannelName, str] = {}
+        if self.smashed == "metric":
+            found["smashed"] = 'smashed = "metric"'
+        if self.adapter == "none":
+            found["adapter"] = 'adapter = "none"'
+        return found
 
     @model_validator(mode="after")
     def _is_one_plan(self) -> Self:
@@ -116,13 +128,47 @@ class AgentPrivacySection(PrivacySection):
     """Refuse a run with more blocks in the top; left out = any number."""
 
     @model_validator(mode="after")
-    def _budget_needs_noise(self) -> Self:
-        if self.epsilon_budget is not None and self.noise_multiplier == 0:
-            raise ValueError(
-                f"epsilon_budget is {self.epsilon_budget:g}, but without noise no budget can be kept; set "
-                "noise_multiplier above 0"
-            )
+    def _is_of_one_mind(self) -> Self:
+        """Refuse what no run could make right: the file itself falls short of what it insists on."""
+        if self.epsilon_budget is not None:
+            self._refuse_to_overspend(self.epsilon_budget)
+        if self.least_noise_multiplier is not None:
+            for name in ("noise_multiplier", "noise_multiplier_adapter"):
+                own = getattr(self, name)
+                if own is not None and own < self.least_noise_multiplier:
+                    raise ValueError(
+                        f"{name} = {own:g} is less than least_noise_multiplier = {self.least_noise_multiplier:g}; "
+                        "raise the one, or lower the other"
+                    )
+        for name in ("clipping_norm_smashed", "clipping_norm_output_gradient"):
+            own, limit = getattr(self, name), getattr(self, f"largest_{name}")
+            if name in self.model_fields_set and own is not None and limit is not None and own > limit:
+                raise ValueError(
+                    f"{name} = {own:g} is more than largest_{name} = {limit:g}; lower the one, or raise the other"
+                )
+        for channel in self.protected_channels or ():
+            if channel in self.open_channels():
+                raise ValueError(
+                    f'protected_channels has "{channel}", which {self.open_channels()[channel]} leaves open; take it '
+                    "out, or choose another protection"
+                )
         return self
+
+    def _refuse_to_overspend(self, budget: float) -> None:
+        if self.noise_multiplier == 0:
+            raise ValueError(
+                f"epsilon_budget is {budget:g}, but without noise no budget can be kept; set noise_multiplier above 0"
+            )
+        for setting in self.open_channels().values():
+            raise ValueError(
+                f"epsilon_budget is {budget:g}, but with {setting} no budget can be kept; choose another protection, "
+                "or leave epsilon_budget out"
+            )
+        if self.epsilon is not None and self.epsilon > budget:
+            raise ValueError(
+                f"epsilon = {self.epsilon:g} is more than epsilon_budget = {budget:g}, so no run would reach its end; "
+                "lower the one, or raise the other"
+            )
 
     def over(self, run: PrivacySection) -> PrivacySection:
         """Give what holds on this device: what the owner's file says, and for the rest what the run says.

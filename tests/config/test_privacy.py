@@ -79,3 +79,56 @@ def test_what_rounds_away_is_said_to(server: Callable[[str], ServerConfig]) -> N
 @pytest.mark.parametrize("value", ["1e30", "1e-30", "0"])
 def test_an_eta_that_no_noise_has_is_refused(server: Callable[[str], ServerConfig], value: str) -> None:
     assert sentence(server, f'smashed = "metric"\neta = {value}').startswith("privacy.eta must be at ")
+
+
+# One file, two minds
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epsilon = 9\nepsilon_budget = 8", "epsilon = 9 is more than epsilon_budget = 8, so no run would reach its"),
+        (
+            "noise_multiplier = 0.01\nleast_noise_multiplier = 0.1",
+            "noise_multiplier = 0.01 is less than least_noise_multiplier = 0.1; raise the one, or lower the other",
+        ),
+        ("noise_multiplier = 0\nleast_noise_multiplier = 0.1", "noise_multiplier = 0 is less than"),
+        ("noise_multiplier_adapter = 0.01\nleast_noise_multiplier = 0.1", "noise_multiplier_adapter = 0.01 is less"),
+        ('adapter = "none"\nepsilon_budget = 8', 'epsilon_budget is 8, but with adapter = "none" no budget can be'),
+        (
+            'smashed = "metric"\neta = 1\nepsilon_budget = 8',
+            'epsilon_budget is 8, but with smashed = "metric" no budget can be kept; choose another protection',
+        ),
+        (
+            'adapter = "none"\nprotected_channels = ["smashed", "adapter"]',
+            'protected_channels has "adapter", which adapter = "none" leaves open; take it out, or choose another',
+        ),
+        ('smashed = "metric"\neta = 1\nprotected_channels = ["smashed"]', 'protected_channels has "smashed", which'),
+        (
+            'noise_multiplier = 0\nprotected_channels = ["output_gradient"]',
+            'protected_channels has "output_gradient", which noise_multiplier = 0 leaves open',
+        ),
+        (
+            "clipping_norm_smashed = 3\nlargest_clipping_norm_smashed = 2",
+            "clipping_norm_smashed = 3 is more than largest_clipping_norm_smashed = 2; lower the one, or raise",
+        ),
+    ],
+)
+def test_an_agent_s_file_that_contradicts_itself_is_refused_before_anybody_is_joined(
+    agent: Callable[[str], AgentConfig], text: str, said: str
+) -> None:
+    assert sentence(agent, text).startswith(f"[privacy] {said}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "epsilon = 8\nepsilon_budget = 8",
+        "noise_multiplier = 0.1\nleast_noise_multiplier = 0.1",
+        "noise_multiplier = 0",
+        'adapter = "none"\nprotected_channels = ["smashed"]',
+        "largest_clipping_norm_output_gradient = 1e-3",
+    ],
+)
+def test_what_goes_together_is_taken(agent: Callable[[str], AgentConfig], text: str) -> None:
+    agent(text)
