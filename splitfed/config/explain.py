@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -30,7 +30,7 @@ _TOML_TYPES = (
 _LONGEST_VALUE = 60
 
 
-def explain(error: ValidationError, config_class: type[BaseModel]) -> str:
+def explain(error: ValidationError, config_class: type[BaseModel], **elsewhere: type[BaseModel]) -> str:
     """Say in one sentence what the first mistake is and what to do.
 
     An unknown key comes first: it is often the reason why another is missing.
@@ -38,6 +38,7 @@ def explain(error: ValidationError, config_class: type[BaseModel]) -> str:
     Args:
         error: What pydantic raised on validating ``config_class``.
         config_class: The class of the whole configuration file.
+        **elsewhere: The classes of other files, by whose they are; a key of theirs may have come here by mistake.
 
     Returns:
         A sentence on one line, without a full stop, which names the dotted key.
@@ -45,7 +46,7 @@ def explain(error: ValidationError, config_class: type[BaseModel]) -> str:
     details = error.errors(include_url=False)
     first = next((detail for detail in details if detail["type"] == "extra_forbidden"), details[0])
     if first["type"] == "extra_forbidden":
-        return _unknown_key(first, config_class)
+        return _unknown_key(first, config_class, elsewhere)
     if first["type"] == "missing":
         return _missing_key(first, config_class)
     if first["type"] == "value_error" and _section_at(first["loc"], config_class) is not None:
@@ -53,8 +54,11 @@ def explain(error: ValidationError, config_class: type[BaseModel]) -> str:
     return f"{_dotted(first['loc'])} {_wrong_value(first)}"
 
 
-def _unknown_key(detail: ErrorDetails, config_class: type[BaseModel]) -> str:
+def _unknown_key(detail: ErrorDetails, config_class: type[BaseModel], elsewhere: Mapping[str, type[BaseModel]]) -> str:
     *parents, key = detail["loc"]
+    for owner, other_class in elsewhere.items():
+        if (other := _section_at(parents, other_class)) is not None and str(key) in other.model_fields:
+            return f"unknown key {_dotted(detail['loc'])}; it belongs in the {owner}'s configuration, so move it there"
     section = _section_at(parents, config_class)
     valid = list(section.model_fields) if section else []
     where = f"[{_dotted(parents)}]" if parents else "the file"

@@ -13,6 +13,10 @@ from splitfed.config.server import ServerConfig
 from splitfed.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
+_OTHERS: dict[type[Section], dict[str, type[Section]]] = {
+    ServerConfig: {"agent": AgentConfig},
+    AgentConfig: {"server": ServerConfig},
+}
 
 
 def load_server_config(path: Path | str) -> ServerConfig:
@@ -48,4 +52,4 @@ def _load(path: Path, config_class: type[ConfigT]) -> ConfigT:
     try:
         return config_class.model_validate(content, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, config_class)}") from error
+        raise ConfigError(f"{path}: {explain(error, config_class, **_OTHERS[config_class])}") from error

@@ -92,6 +92,11 @@ class PrivacySection(Section):
                 if self.eta is not None
                 else 'smashed = "metric" needs eta, the loss of privacy per unit of distance; set it'
             )
+        if not self.is_on and (self.eta is not None or self.denoise):
+            setting = "denoise" if self.denoise else "eta"
+            raise ValueError(
+                f"{setting} has no meaning with noise_multiplier = 0, which turns off all noise; leave one of them out"
+            )
         if self.denoise and self.epsilon is not None:
             raise ValueError(
                 "denoise needs noise_multiplier in place of epsilon: a server does not know the noise that each device "

@@ -132,3 +132,19 @@ def test_an_agent_s_file_that_contradicts_itself_is_refused_before_anybody_is_jo
 )
 def test_what_goes_together_is_taken(agent: Callable[[str], AgentConfig], text: str) -> None:
     agent(text)
+
+
+def test_settings_of_noise_that_is_off_are_refused(server: Callable[[str], ServerConfig]) -> None:
+    off = "has no meaning with noise_multiplier = 0, which turns off all noise; leave one of them out"
+    assert sentence(server, 'smashed = "metric"\neta = 1\nnoise_multiplier = 0') == f"[privacy] eta {off}"
+    assert sentence(server, "denoise = true\nnoise_multiplier = 0") == f"[privacy] denoise {off}"
+
+
+def test_a_key_of_the_other_side_s_file_is_sent_there(
+    server: Callable[[str], ServerConfig], agent: Callable[[str], AgentConfig]
+) -> None:
+    there = "it belongs in the agent's configuration, so move it there"
+    assert sentence(server, "epsilon_budget = 8") == f"unknown key privacy.epsilon_budget; {there}"
+    assert sentence(server, "[agent]\nname = 'a'") == f"unknown key agent; {there}"
+    assert sentence(agent, "[training]\nrounds = 3").startswith("unknown key training; it belongs in the server's")
+    assert sentence(server, "epsilon_budge = 8").startswith("unknown key privacy.epsilon_budge; did you mean ")
