@@ -109,6 +109,7 @@ def split(
                     "schedule": "constant",
                 },
                 "federation": {"agents": len(files)},
+                "aggregation": {"lora": "factors"},
                 "codecs": dict.fromkeys(directions, codec),
                 "server": {"threads": 1},
             }

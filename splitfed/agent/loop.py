@@ -21,12 +21,13 @@ from splitfed.agent.state import AgentState
 from splitfed.compress import get_codec
 from splitfed.config import AgentConfig, RunConfig
 from splitfed.errors import JoinRefused, RoundLost, ServerUnreachable
+from splitfed.federation.variants import variant_of
 from splitfed.models import resolve_base
 from splitfed.privacy import CHANNELS, UNIT, Ledger, witness_folder
 from splitfed.proto.v1 import federation_pb2, training_pb2
 from splitfed.training.link import Traffic, link_codecs
 from splitfed.transport.backoff import Backoff
-from splitfed.transport.link import GrpcLink
+from splitfed.transport.link import GrpcLink, MeanGradient
 
 _log = logging.getLogger(__name__)
 
@@ -184,14 +185,12 @@ class Agent:
     ) -> dict[str, Tensor]:
         """Put the adapters at the round's beginning and the optimiser after this agent's last; give those adapters."""
         trainer = prepared.trainer
-        shapes = {name: tuple(tensor.shape) for name, tensor in trainer.adapter_state().items()}
-        codec = get_codec(prepared.run.codecs.adapter)
-        ends = self._persistently(lambda: calls.fetch_adapter(prepared.run_id, opened.round, shapes, codec, traffic))
-        trainer.load_adapter_state(ends)
+        codec, shapes = get_codec(prepared.run.codecs.adapter), prepared.shapes
+        start = self._persistently(lambda: calls.fetch_adapter(prepared.run_id, opened.round, shapes, codec, traffic))
+        ends = prepared.begin_round(opened.round, start)
         state = self._state.optimiser_after(prepared.run_key, opened.last_counted)
         if state is None:
             _log.warning("the optimiser's state after round %d is not here; it starts afresh", opened.last_counted)
-        trainer.optimiser.clear_gradients()
         trainer.optimiser.load(state or {})
         return ends
 
@@ -210,7 +209,18 @@ class Agent:
             link_codecs(prepared.run.codecs),
             backoff=Backoff(self._config.agent.retry_for_s),
             silence_s=prepared.run.federation.agent_timeout_s,
+            is_joint=variant_of(prepared.run.federation.variant).steps_jointly,
+            mean_gradient=self._exchange(calls, prepared, round, traffic),
             traffic=traffic,
+        )
+
+    def _exchange(self, calls: ServerCalls, prepared: Prepared, round: int, traffic: Traffic) -> MeanGradient | None:
+        """Give what merges the gradients of bottom and top at every step, where the run asks for it."""
+        if prepared.run.federation.merge_ends == "round":
+            return None
+        codec = get_codec(prepared.run.codecs.adapter)
+        return lambda step, gradients, tokens: self._persistently(
+            lambda: calls.mean_gradient(prepared.run_id, round, step, gradients, codec, tokens=tokens, traffic=traffic)
         )
 
     def _submit(
@@ -230,8 +240,7 @@ class Agent:
                 "loss", noise_multiplier=0, records=[], sequences=1, run=prepared.run_id, round=round, step=0
             )
         report = RoundReport(local.sent_tokens, local.loss if shares else None, held_out_loss if shares else None)
-        trainer = prepared.trainer
-        state = trainer.releases.adapter_update(start, trainer.adapter_state(), round=round)
+        state = prepared.update(start, round)
         codec = get_codec(prepared.run.codecs.adapter)
         self._persistently(lambda: calls.submit_adapter(prepared.run_id, round, state, codec, report, traffic))
 

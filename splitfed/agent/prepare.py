@@ -2,12 +2,26 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from splitfed.agent.policy import refuse_weak_noise
 from splitfed.config import AgentConfig, PrivacySection, RunConfig
-from splitfed.models import TensorIdentity, adapter_parameters, canonical_config, segment_tensor_names, tensor_hashes
+from splitfed.federation import trained_factors
+from splitfed.models import (
+    TensorIdentity,
+    adapter_parameters,
+    canonical_config,
+    load_residual,
+    residual_parameters,
+    segment_tensor_names,
+    set_trained_factors,
+    tensor_hashes,
+)
+from splitfed.models.factors import factor_of
 from splitfed.privacy import Ledger
 from splitfed.training.client_step import ClientTrainer
 from splitfed.training.data import ExampleSet, load_examples
@@ -15,6 +29,7 @@ from splitfed.training.protection import Workload, open_gate, settle_clip, settl
 from splitfed.training.releases import LedgeredReleases
 from splitfed.training.setup import open_bottom_and_top
 from splitfed.training.tokenizer import open_tokenizer
+from splitfed.transport.adapters import RESIDUAL
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +63,43 @@ class Prepared:
     weight: int
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of everything that a round starts from, as it comes from the server."""
+        named = {name: tensor.shape for name, tensor in self.trainer.adapter_state().items()}
+        for segment in self.trainer.segments:
+            named |= {f"{RESIDUAL}{name}": tensor.shape for name, tensor in residual_parameters(segment).items()}
+        return {name: tuple(shape) for name, shape in named.items()}
+
+    def begin_round(self, round: int, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put bottom and top at a round's start; gives the adapters that it starts from.
+
+        Args:
+            round: The round, from 1.
+            start: What came from the server.
+        """
+        factors = trained_factors(self.run.rule.lora or "factors", round)
+        residual = {name.removeprefix(RESIDUAL): tensor for name, tensor in start.items() if name.startswith(RESIDUAL)}
+        for segment in self.trainer.segments:
+            set_trained_factors(segment, factors)
+            if residual:
+                load_residual(segment, residual)
+        ends = {name: tensor for name, tensor in start.items() if not name.startswith(RESIDUAL)}
+        self.trainer.begin_round(ends)
+        return ends
+
+    def update(self, start: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
+        """Give what leaves of bottom and top at a round's end: the gate sees what was trained, and only that.
+
+        Args:
+            start: What `begin_round` gave.
+            round: The round, from 1.
+        """
+        factors = trained_factors(self.run.rule.lora or "factors", round)
+        after = {name: tensor for name, tensor in self.trainer.adapter_state().items() if factor_of(name) in factors}
+        before = {name: start[name] for name in after}
+        return self.trainer.releases.adapter_update(before, after, round=round)
+
+    @property
     def run_id(self) -> str:
         """Id of the run."""
         return self.run.run.name
@@ -75,7 +127,7 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
         JoinRefused: If the noise that was settled on is weaker than the owner allows.
     """
     config_sha256 = canonical_config(folder)
-    bottom, top = open_bottom_and_top(folder, run.model, run.lora, seed=run.run.seed)
+    bottom, top = open_bottom_and_top(folder, run.model, run.lora, seed=run.run.seed, residual_rank=run.residual_rank)
     names = segment_tensor_names(folder, bottom_blocks=run.model.bottom_blocks, top_blocks=run.model.top_blocks)
     tokenizer = open_tokenizer(folder)
     train, held_out = load_examples(
@@ -103,6 +155,7 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
         client=config.agent.name,
         seed=run.run.seed,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0,
+        exchanges=run.federation.merge_ends == "step",
     )
     weight = config.privacy.aggregation_weight
     if weight is None:

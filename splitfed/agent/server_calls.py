@@ -179,14 +179,38 @@ class ServerCalls:
             training_loss=report.training_loss,
             held_out_loss=report.held_out_loss,
         )
-
-        def counted() -> Iterator[federation_pb2.AdapterChunk]:
-            for message in adapter_messages(header, state, codec):
-                traffic.sent_bytes += message.ByteSize() + FRAMING_BYTES
-                yield message
-
         with translated():
-            return bool(self._federation.SubmitAdapter(counted()).is_new)
+            messages = _counted(adapter_messages(header, state, codec), traffic)
+            return bool(self._federation.SubmitAdapter(messages).is_new)
+
+    def mean_gradient(
+        self,
+        run_id: str,
+        round: int,
+        step: int,
+        gradients: Mapping[str, Tensor],
+        codec: Codec,
+        *,
+        tokens: int,
+        traffic: Traffic,
+    ) -> dict[str, Tensor]:
+        """Send the gradients of bottom and top, and wait for the mean of the cohort's.
+
+        Raises:
+            RoundLost: If the round goes on without this agent.
+            ProtocolError: If what comes is not of this run's adapter.
+        """
+        header = federation_pb2.AdapterHeader(
+            run_id=run_id, client=self._client, agent_id=self._agent_id, round=round, step=step, tokens=tokens
+        )
+        incoming = IncomingAdapter({name: tuple(tensor.shape) for name, tensor in gradients.items()}, codec)
+        with translated():
+            messages = self._federation.MeanGradient(_counted(adapter_messages(header, gradients, codec), traffic))
+            for index, message in enumerate(messages):
+                traffic.received_bytes += message.ByteSize() + FRAMING_BYTES
+                if index:
+                    incoming.add(message)
+        return incoming.state()
 
     def leave(self, run_id: str, *, for_good: bool) -> None:
         """Say that this agent stops; an answer is not waited for long.
@@ -199,6 +223,14 @@ class ServerCalls:
         )
         with translated():
             self._federation.Leave(request, timeout=_LEAVE_S)
+
+
+def _counted(
+    messages: Iterator[federation_pb2.AdapterChunk], traffic: Traffic
+) -> Iterator[federation_pb2.AdapterChunk]:
+    for message in messages:
+        traffic.sent_bytes += message.ByteSize() + FRAMING_BYTES
+        yield message
 
 
 @contextmanager

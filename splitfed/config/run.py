@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from splitfed.config.aggregation import AggregationSection
 from splitfed.config.privacy import PrivacySection
 from splitfed.config.section import Base, Name, Section
 
@@ -175,6 +176,52 @@ class CodecSection(Section):
     """Adapters of bottom and top, both ways, once a round."""
 
 
+def decided_rule(aggregation: AggregationSection, privacy: PrivacySection) -> AggregationSection:
+    """Settle what is averaged, where the run leaves it open.
+
+    Args:
+        aggregation: The run's section.
+        privacy: What the run asks of its agents.
+    """
+    return aggregation.decided(has_unlike_ranks=False, is_noised=privacy.is_on and privacy.adapter != "none")
+
+
+def refuse_contradictions(
+    federation: FederationSection, aggregation: AggregationSection, privacy: PrivacySection
+) -> None:
+    """Refuse settings of which each is sound and the whole is not.
+
+    Args:
+        federation: The run's section.
+        aggregation: The run's section.
+        privacy: What the run asks of its agents.
+
+    Raises:
+        ValueError: If no round could be over, or an update could never be counted, or would leave unprotected.
+    """
+    if federation.quorum < aggregation.least_updates:
+        raise ValueError(
+            f"federation.quorum is {federation.quorum}, but byzantine = {aggregation.byzantine} needs "
+            f"{aggregation.least_updates} updates in every round; raise quorum"
+        )
+    if federation.late_updates == "merge":
+        if federation.variant != "sflv1":
+            raise ValueError(
+                f'federation.late_updates = "merge" needs variant = "sflv1", not "{federation.variant}": only with a '
+                'trunk adapter of its own can an agent go on once its round is over; set "drop"'
+            )
+        if decided_rule(aggregation, privacy).lora == "alternating":
+            raise ValueError(
+                'federation.late_updates = "merge" does not go with aggregation.lora = "alternating": the next round '
+                'trains the other factor; set "drop"'
+            )
+    if federation.merge_ends == "step" and privacy.is_on and privacy.adapter == "update":
+        raise ValueError(
+            'federation.merge_ends = "step" sends a gradient at every step, which privacy.adapter = "update" does not '
+            'protect; set adapter = "dp-sgd", or merge_ends = "round"'
+        )
+
+
 class RunConfig(Section):
     """What the server tells every agent that joins."""
 
@@ -184,4 +231,15 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     federation: FederationSection = FederationSection()
     codecs: CodecSection = CodecSection()
+    aggregation: AggregationSection = AggregationSection()
     privacy: PrivacySection = PrivacySection()
+
+    @property
+    def residual_rank(self) -> int:
+        """Rank of the frozen adapter under the trained one; 0 where the rule has none."""
+        return (self.rule.flora_rank or self.lora.rank) if self.rule.lora == "flora" else 0
+
+    @property
+    def rule(self) -> AggregationSection:
+        """What becomes of a round's updates, with nothing left open."""
+        return decided_rule(self.aggregation, self.privacy)

@@ -1,10 +1,11 @@
 """The server's configuration file."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from splitfed.config.aggregation import AggregationSection
 from splitfed.config.privacy import PrivacySection, refuse_unsound
 from splitfed.config.run import (
     CodecSection,
@@ -14,6 +15,7 @@ from splitfed.config.run import (
     RunConfig,
     RunIdentity,
     TrainingSection,
+    refuse_contradictions,
 )
 from splitfed.config.section import ListeningAddress, LocalPath, Section, Threads, TlsSection
 
@@ -47,6 +49,7 @@ class ServerConfig(Section):
     training: TrainingSection = TrainingSection()
     federation: FederationSection = FederationSection()
     codecs: CodecSection = CodecSection()
+    aggregation: AggregationSection = AggregationSection()
     privacy: PrivacySection = PrivacySection()
     server: ServerSection = ServerSection()
     tls: TlsSection | None = None
@@ -57,6 +60,11 @@ class ServerConfig(Section):
         if (model := info.data.get("model")) is not None:
             refuse_unsound(value, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks)
         return value
+
+    @model_validator(mode="after")
+    def _is_one_plan(self) -> Self:
+        refuse_contradictions(self.federation, self.aggregation, self.privacy)
+        return self
 
     @property
     def run_id(self) -> str:
@@ -73,6 +81,7 @@ class ServerConfig(Section):
             training=self.training,
             federation=self.federation,
             codecs=self.codecs,
+            aggregation=self.aggregation,
             privacy=self.privacy,
         )
 

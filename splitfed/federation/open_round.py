@@ -58,6 +58,7 @@ class OpenRound:
     replaced: dict[str, str] = field(default_factory=dict)
     is_closed: bool = False
     _cut_off: set[str] = field(default_factory=set)
+    _out: set[str] = field(default_factory=set)
     _turn: str | None = None
 
     def open(self, here: set[str], now_s: float) -> list[str]:
@@ -85,11 +86,13 @@ class OpenRound:
 
     def may_start(self, client: str) -> bool:
         """Say whether a member is asked to take part, and it is its turn."""
-        return client in self.asked and (not self.policy.takes_turns or client == self._turn)
+        return (
+            client in self.asked and client not in self._out and (not self.policy.takes_turns or client == self._turn)
+        )
 
     def waits_for(self, here: set[str]) -> set[str]:
         """Give whose update the round waits for."""
-        return (here & self.asked.keys()) - self.submitted - self._cut_off
+        return (here & self.asked.keys()) - self.submitted - self._cut_off - self._out
 
     def at_work(self, here: set[str]) -> set[str]:
         """Give those of them that may start."""
@@ -126,6 +129,15 @@ class OpenRound:
         late = sorted(client for client in self.at_work(here) if self.asked[client].waits_s(now_s) > most_s)
         self._cut_off.update(late)
         return late
+
+    def take_out(self, client: str, here: set[str]) -> bool:
+        """Go on without a member that cannot take part any more, whatever it does.
+
+        Returns:
+            False if the quorum cannot be met then: the round has to begin again.
+        """
+        self._out.add(client)
+        return len(self.submitted | self.waits_for(here)) >= max(self.policy.quorum, 1)
 
     def is_complete(self, here: set[str]) -> bool:
         """Say whether it has every update that it waits for, and its quorum."""

@@ -94,6 +94,16 @@ class Rounds:
         return [] if self._round is None else sorted(self._round.asked)
 
     @property
+    def present(self) -> set[str]:
+        """Members that are here."""
+        return set(self._members.here)
+
+    @property
+    def working(self) -> list[str]:
+        """Members whose update the open round waits for and that may start, in the order of names."""
+        return [] if self._round is None else sorted(self._round.at_work(self._free()))
+
+    @property
     def submitted(self) -> list[str]:
         """Members whose update of the open round is here, in the order of names."""
         return [] if self._round is None else sorted(self._round.submitted)
@@ -269,6 +279,17 @@ class Rounds:
         late = self._round.cut_off_stragglers(self._free(), self._look(now_s))
         self._ask(now_s)
         return late
+
+    def take_out(self, client: str, now_s: float) -> bool:
+        """Go on without a member that lost its place in the open round; it takes part in the next one.
+
+        Returns:
+            False if the round cannot be over any more without it: then it has begun again, for everyone.
+        """
+        if self._round is None or self._round.take_out(client, self._free()):
+            return True
+        self._open(now_s)
+        return False
 
     def is_complete(self) -> bool:
         """Say whether the open round has every update that it waits for, and its quorum."""

@@ -3,8 +3,6 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from splitfed.federation import Rounds
 from splitfed.server.store import RunState
 
@@ -35,6 +33,7 @@ def metrics_line(
     rounds: int,
     seconds: float,
     happenings: Mapping[str, object],
+    aggregation: Mapping[str, float],
 ) -> dict[str, object]:
     """Give the line that ``metrics.jsonl`` gets at a round's end.
 
@@ -44,6 +43,7 @@ def metrics_line(
         rounds: Rounds of the run.
         seconds: What the round took.
         happenings: What ``happenings`` gives.
+        aggregation: Figures of the rule.
     """
     return {
         "round": state.round,
@@ -61,6 +61,7 @@ def metrics_line(
             for client, contribution in sorted(contributions.items())
         },
         "adapter": f"adapters/round-{state.round:04d}",
+        "aggregation": dict(sorted(aggregation.items())),
         **happenings,
     }
 
@@ -81,16 +82,3 @@ def happenings(rounds: Rounds) -> dict[str, Collection[str]]:
         "merged": rounds.merged,
     }
     return {name: what for name, what in said.items() if what}
-
-
-def rebased(
-    state: Mapping[str, Tensor], own_base: Mapping[str, Tensor], base: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Give a late update as if it had started from the open round's base: what it changed counts, not where it was.
-
-    Args:
-        state: The late adapter.
-        own_base: What it started from.
-        base: What the open round starts from.
-    """
-    return {name: base[name] + (tensor - own_base[name]) for name, tensor in state.items()}

@@ -8,23 +8,30 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
+from typing import TypeVar
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from splitfed.config import ServerConfig
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
-from splitfed.federation import FixedPointMean, Phase, RoundPolicy, Rounds
+from splitfed.federation import Phase, RoundPolicy, Rounds, Update, make_aggregator, merged, trained_factors
 from splitfed.federation.variants import variant_of
-from splitfed.server.contribution import Contribution, happenings, metrics_line, rebased
+from splitfed.models.factors import factor_of
+from splitfed.server.contribution import Contribution, happenings, metrics_line
 from splitfed.server.engine import Engine
 from splitfed.server.member_session import MemberSession
-from splitfed.server.sessions import Limits, TrainSession
+from splitfed.server.sessions import Limits, TrainSession, new_token
 from splitfed.server.store import RunState, RunStore
+from splitfed.server.trunk_round import TrunkRound
 from splitfed.training.denoising import FitDenoiser
 from splitfed.training.link import link_codecs
+from splitfed.transport.adapters import RESIDUAL
 
 _log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 _View = tuple[Phase, int, bool, bool, bool]
 """What a member sees: the phase, the round, whether its update is in, whether it may start, whether the server drains.
@@ -92,6 +99,11 @@ class Coordinator:
         self.rounds.restore(state.weights, clock())
         self._agent_ids = dict(state.agent_ids)
         self._counted = dict(state.counted)
+        self._variant = variant_of(config.federation.variant)
+        self._rule = config.shared().rule
+        self._aggregator = make_aggregator(self._rule, config.lora.rank)
+        self._aggregator.load(state.aggregator)
+        self._begun = 0
         self._begin_round()
         self._limits = Limits(
             sequences=config.training.batch_size,
@@ -105,6 +117,17 @@ class Coordinator:
     def ends(self) -> Mapping[str, Tensor]:
         """Adapters of bottom and top that the open round starts from."""
         return self._state.ends
+
+    @property
+    def start_of_round(self) -> dict[str, Tensor]:
+        """What agents start the open round from: their adapters, and what the rule keeps frozen under them."""
+        residual = self._aggregator.residual()
+        return {**self.ends, **{f"{RESIDUAL}{name}": residual[name] for name in self.ends if residual}}
+
+    def update_shapes(self, round: int) -> dict[str, tuple[int, ...]]:
+        """Say what an update of a round holds: the shape of each tensor that was trained in it."""
+        factors = trained_factors(self._rule.lora or "factors", round)
+        return {name: tuple(tensor.shape) for name, tensor in self.ends.items() if factor_of(name) in factors}
 
     @property
     def has_ended(self) -> bool:
@@ -173,6 +196,8 @@ class Coordinator:
             _log.warning("nobody is here; the run waits for an agent to come back")
         self._note_opening(was_open)
         session = self._sessions.pop(client, None)
+        if session is not None:
+            self._trunk_round.leave(client, session.slot)
         await self._tell()
         if session is not None:
             await asyncio.shield(self._engine.empty(session.slot))  # even if the agent no longer waits for an answer
@@ -237,11 +262,10 @@ class Coordinator:
         if not self.rounds.may_start(client):
             raise RoundLost(f"{client!r} has no part in round {round} now; it waits until it is asked.")
         if session is not None:
-            await self._engine.empty(session.slot)
-        session = self._new_session(client, round)
-        self._sessions[client] = session
-        optimiser = self._state.optimisers.get(client, {})
-        await self._engine.open_round(session.slot, client, round, self._state.trunk, optimiser)
+            await self._end(session)
+            if self._variant.steps_jointly and session.next_number and session.round == round:
+                await self._take_out(client)
+        session = await self._new_session(client, round)
         self.rounds.progress(client, self._clock())
         return session
 
@@ -274,6 +298,31 @@ class Coordinator:
         """
         return await asyncio.shield(self._submit(client, round, ends, contribution))
 
+    async def mean_gradient(
+        self, client: str, round: int, step: int, gradients: Mapping[str, Tensor], *, tokens: int
+    ) -> dict[str, Tensor]:
+        """Wait for the cohort's gradients of bottom and top, and give their mean, weighted by tokens.
+
+        Raises:
+            RoundLost: If the round goes on without this client.
+            ProtocolError: If gradients are not merged at every step in this run, or these are not finite.
+        """
+        session, joint = self._sessions.get(client), self._trunk_round.joint
+        if self.config.federation.merge_ends != "step":
+            raise ProtocolError("This run does not merge bottom and top at every step.")
+        if session is None or joint is None or session.round != round:
+            raise self._over(client, round)
+        if not 0 < tokens <= self._limits.sequences * self._limits.tokens:
+            raise ProtocolError(f"Gradients of {tokens} tokens do not come from one of this run's steps.")
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+            raise ProtocolError(f"The gradients of {client!r} are not finite; lower the learning rate.")
+        session.is_answering = True
+        try:
+            mean = joint.mean_gradient(session.slot, step, gradients, tokens=tokens)
+            return await asyncio.shield(asyncio.wrap_future(mean))
+        finally:
+            session.is_answering = False
+
     async def tick(self) -> None:
         """Look at the clock: leave out members that were silent for too long, or are too slow for the round.
 
@@ -299,13 +348,18 @@ class Coordinator:
                     client,
                     self.config.federation.straggler_margin,
                 )
+            for client in self._that_hold_up_joint_steps():
+                _log.warning("round %d goes on without %s: its joint steps wait for it", self.rounds.current, client)
+                await self._take_out(client)
             self._note_opening(was_open)
-            await self._end_lost_turns()
+            await self._end_lost_parts()
             await self._close_round_if_complete()
         await self._tell()
 
     async def prepare_entrance(self) -> None:
-        """Fit what the trunk takes noise away with to the adapters that the next round starts from."""
+        """Give the trunk what depends on the adapters that the next round starts from, besides these."""
+        if residual := self._aggregator.residual():
+            await asyncio.wrap_future(self._engine.submit(lambda trainer: trainer.load_residual(residual)))
         if self._fit_denoiser is None:
             return
         ends = self._state.ends
@@ -322,19 +376,63 @@ class Coordinator:
         async with self._changed:
             await self._changed.wait_for(lambda: self.has_ended)
 
-    def _new_session(self, client: str, round: int) -> MemberSession:
+    async def _new_session(self, client: str, round: int) -> MemberSession:
+        trunk_round, token = self._trunk_round, new_token()
+        slot = trunk_round.slot(client, token)
+        try:
+            calls = await trunk_round.open(client, slot, self.rounds.working)
+        except RoundLost:
+            await self._take_out(client)
+            raise
         session = MemberSession(
             client,
             round,
-            self._engine,
+            calls,
             self._codecs,
             self._limits,
             self._worker,
             on_progress=lambda: self.rounds.progress(client, self._clock()),
+            slot=slot,
+            token=token,
         )
         session.why_over = lambda: None if self.is_current(session) else self._over(client, round)
         session.on_steps = lambda steps: self.rounds.progress(client, self._clock(), steps=steps)
+        self._sessions[client] = session
         return session
+
+    async def _end(self, session: MemberSession) -> None:
+        """Forget a session, and what the trunk has of it."""
+        if self.is_current(session):
+            del self._sessions[session.client]
+        if not self._variant.steps_jointly or session.next_number:
+            self._trunk_round.leave(session.client, session.slot)
+        await self._engine.empty(session.slot)
+
+    async def _take_out(self, client: str) -> None:
+        """Go on without a client whose place in the round's joint steps is lost, or begin the round again.
+
+        Raises:
+            RoundLost: If it has begun again.
+        """
+        session = self._sessions.get(client)
+        if session is not None:
+            await self._end(session)
+        if not self.rounds.take_out(client, self._clock()):
+            _log.warning("round %d begins again: too few are left to finish it", self.rounds.current)
+            self._trunk_round.abort()
+            before = list(self._sessions.values())
+            self._begin_round()
+            for each in before:
+                await self._engine.empty(each.slot)
+        await self._tell()
+
+    def _that_hold_up_joint_steps(self) -> list[str]:
+        """Name those that keep a joint step waiting for longer than the run's margin allows."""
+        margin, joint = self.config.federation.straggler_margin, self._trunk_round.joint
+        if margin is None or joint is None:
+            return []
+        slots = joint.holding_up(margin)
+        return [client for client in self.rounds.members if self._trunk_round.slot(client, b"") in slots]
 
     def _goes_on(self, client: str, round: int) -> bool:
         """Say whether a round is open, or a late update of it is still waited for."""
@@ -355,22 +453,39 @@ class Coordinator:
             f"Round {round} is not open; the run is at round {self.rounds.current} ({self.rounds.phase.value})."
         )
 
-    async def _end_lost_turns(self) -> None:
-        """Empty the slots of those that had their turn in this round and lost it."""
-        if not self.rounds.policy.takes_turns:
+    async def _end_lost_parts(self) -> None:
+        """End the sessions of those that had a part in this round and lost it; others wait for them no longer."""
+        if self._variant.averages_trunk:
             return
         for client, session in list(self._sessions.items()):
-            if not self.rounds.may_start(client) and not self.rounds.is_counted(client, session.round):
-                del self._sessions[client]
-                await self._engine.empty(session.slot)
+            is_over = not self.rounds.may_start(client) and not self.rounds.is_counted(client, session.round)
+            if is_over or client not in self.rounds.present:
+                await self._end(session)
+        joint = self._trunk_round.joint
+        if joint is not None:
+            for client in set(self.rounds.members) - set(self.rounds.working):
+                self._trunk_round.leave(client, self._trunk_round.slot(client, b""))
 
     def _note_opening(self, was_open: bool) -> None:
         if self.rounds.phase is Phase.OPEN and not was_open:
             self._round_started_s = self._clock()
 
     def _begin_round(self) -> None:
-        self._mean = FixedPointMean()
-        self._optimisers = dict(self._state.optimisers)
+        base, number = {**self._state.trunk, **self._state.ends}, self.rounds.current
+        factors = trained_factors(self._rule.lora or "factors", number)
+        self._trunk_round = TrunkRound(
+            self._variant,
+            self._engine,
+            self.config.federation,
+            adapter=self._state.trunk,
+            optimisers=self._state.optimisers,
+            round=number,
+            attempt=self._begun,
+            trained=frozenset(name for name in base if factor_of(name) in factors),
+            clock=self._clock,
+        )
+        self._begun += 1
+        self._aggregator.begin(base, number)
         self._contributions = {}
         self._sessions = {c: session for c, session in self._sessions.items() if self.rounds.lateness(c) is not None}
         self._late_bases = {client: self._late_bases[client] for client in self._sessions}
@@ -389,18 +504,17 @@ class Coordinator:
                 raise ProtocolError(
                     f"{client!r} sent its update after {steps} of {self.config.training.local_steps} local steps."
                 )
-            trunk, optimiser = await self._engine.snapshot(session.slot)
+            trunk = await self._trunk_round.take(client, session.slot)
             if not self.rounds.expects(client, round):
                 raise self._over(client, round)
-            update = {**trunk, **ends}
-            if round < self.rounds.current:
-                update = rebased(update, self._late_bases[client], {**self._state.trunk, **self._state.ends})
+            own_base = self._late_bases[client] if round < self.rounds.current else None
             try:
-                self._mean.add(update, self.rounds.weight(client))
+                if {**trunk, **ends}:
+                    self._aggregator.add(client, Update({**trunk, **ends}, self.rounds.weight(client), own_base))
             except ValueError as error:
                 raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
             self.rounds.submit(client, round, self._clock())
-            self._optimisers[client], self._counted[client] = optimiser, round
+            self._counted[client] = round
             counted = self._contributions.setdefault(client, Contribution())
             self._contributions[client] = replace(
                 contribution, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down
@@ -420,21 +534,26 @@ class Coordinator:
         if not self.rounds.is_complete():
             return
         self.rounds.close()
-        mean = self._mean.result()
+        self._trunk_round.abort()
+        adapter, notes = await self._off_loop(self._aggregated)
+        adapter |= await self._trunk_round.result()
         state = RunState(
             round=self.rounds.current,
-            trunk={name: mean[name] for name in self._state.trunk},
-            ends={name: mean[name] for name in self._state.ends},
-            optimisers=self._optimisers,
+            trunk={name: adapter[name] for name in self._state.trunk},
+            ends={name: adapter[name] for name in self._state.ends},
+            optimisers=self._trunk_round.optimisers,
             weights={client: self.rounds.weight(client) for client in self.rounds.members},
             agent_ids=self._agent_ids,
             counted=dict(self._counted),
+            aggregator=self._aggregator.state(),
         )
         seconds = self._clock() - self._round_started_s
         taken = {client: self._contributions[client] for client in {*self.rounds.submitted, *self.rounds.merged}}
         happened = happenings(self.rounds)
-        metrics = metrics_line(state, taken, rounds=self.rounds.rounds, seconds=seconds, happenings=happened)
-        await asyncio.get_running_loop().run_in_executor(self._worker, self._write, state, metrics)
+        metrics = metrics_line(
+            state, taken, rounds=self.rounds.rounds, seconds=seconds, happenings=happened, aggregation=notes
+        )
+        await self._off_loop(lambda: self._write(state, metrics))
         base, self._state = {**self._state.trunk, **self._state.ends}, state
         if self.rounds.current < self.rounds.rounds:
             await self.prepare_entrance()
@@ -451,10 +570,21 @@ class Coordinator:
         if happened:
             _log.info("round %d: %s", state.round, json.dumps(happened))
 
+    def _aggregated(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Give what the round's updates come to; what no client trains itself is as it was."""
+        if not self._state.ends and not self._variant.averages_trunk:
+            return dict(self._state.trunk), {}
+        aggregate = self._aggregator.result()
+        return dict(aggregate.adapter), {name: figure for name, figure in aggregate.notes.items() if figure}
+
+    async def _off_loop(self, work: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
     def _write(self, state: RunState, metrics: Mapping[str, object]) -> None:
         """Write a round's end; the checkpoint comes last, so a crash before it runs the round again."""
         try:
-            self._export(state.round, {**state.trunk, **state.ends})
+            adapter, residual = {**state.trunk, **state.ends}, self._aggregator.residual()
+            self._export(state.round, merged(adapter, residual) if residual else adapter)
             self._store.write_metrics(metrics)
             self._store.publish(state.round)
             self._store.save(state)

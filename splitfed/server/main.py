@@ -17,6 +17,12 @@ from splitfed.training.runtime import prepare_process
 from splitfed.training.setup import open_bottom_and_top, open_trunk, start_of_run
 from splitfed.training.trunk_step import TrunkTrainer
 
+_TIMING = {
+    "training": ("max_in_flight",),
+    "federation": ("agent_timeout_s", "straggler_margin", "population"),
+}
+"""What may change in a run that goes on: when things happen and who may join, not what is computed."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +76,8 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
         if state is not None and state.round >= config.training.rounds:
             _log.info("the run %s is over; its adapter is in %s", config.run_id, store.final_adapter)
             return None
-        trunk = open_trunk(folder, config.model, config.lora, seed=config.run.seed)
+        residual_rank = config.shared().residual_rank
+        trunk = open_trunk(folder, config.model, config.lora, seed=config.run.seed, residual_rank=residual_rank)
         if state is None:
             adapter = adapter_state(trunk)
             state = RunState(0, adapter, start_of_run(folder, config.lora, adapter, seed=config.run.seed))
@@ -108,5 +115,7 @@ def _identity(config: ServerConfig, base: BaseFolder) -> dict[str, object]:
     """Give what makes two runs the same: everything that changes the numbers."""
     shared = config.shared().model_dump(mode="json")
     del shared["model"]["base"], shared["model"]["revision"]  # a folder may move
-    del shared["training"]["max_in_flight"], shared["federation"]["agent_timeout_s"]  # timing, not numbers
+    for section, keys in _TIMING.items():
+        for key in keys:
+            del shared[section][key]
     return {"name": config.run_id, "base": base.config_sha256, **shared}

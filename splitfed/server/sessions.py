@@ -9,13 +9,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from splitfed.compress import Codec
 from splitfed.errors import ProtocolError
 from splitfed.proto.v1 import tensor_pb2, training_pb2
-from splitfed.server.engine import Engine
 from splitfed.training.link import LinkCodecs
+from splitfed.training.together import TrunkCalls
+from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 from splitfed.transport.tensors import (
     Expectation,
     IncomingTensor,
@@ -95,10 +97,18 @@ class Operation:
         """Decode the request's tensor, shape [B, T, D].
 
         Raises:
-            ProtocolError: If its payload is damaged.
+            ProtocolError: If its payload is damaged, or holds a NaN or an infinity.
         """
         assert self._incoming is not None
-        return self._incoming.decode()
+        tensor = self._incoming.decode()
+        if not torch.isfinite(tensor).all():
+            raise ProtocolError(f"Request {self.number} holds a NaN or an infinity; nothing was done with it.")
+        return tensor
+
+
+def new_token() -> bytes:
+    """Draw what a session is known by."""
+    return secrets.token_bytes(_SESSION_BYTES)
 
 
 class TrainSession:
@@ -107,39 +117,40 @@ class TrainSession:
     Args:
         client: Whose round it is.
         round: The round, from 1.
-        engine: Where the trunk runs.
+        calls: What runs the trunk.
         codecs: A codec for each direction.
         limits: What a request may hold.
         worker: Where tensors are decoded and encoded, off the event loop.
         on_progress: Called after each operation.
+        slot: The engine's slot; none: one of this session alone, so that what an older one still asks goes nowhere.
+        token: What the session is known by; none: drawn.
     """
 
     def __init__(
         self,
         client: str,
         round: int,
-        engine: Engine,
+        calls: TrunkCalls,
         codecs: LinkCodecs,
         limits: Limits,
         worker: Executor,
         on_progress: Callable[[], None],
+        *,
+        slot: str | None = None,
+        token: bytes | None = None,
     ) -> None:
         self.client = client
         self.round = round
-        self.token = secrets.token_bytes(_SESSION_BYTES)
+        self.token = token or new_token()
+        self.slot = slot or self.token.hex()
         self.codecs = codecs
         self.limits = limits
         self.next_number = 0
-        self._engine = engine
+        self._calls = calls
         self._worker = worker
         self._on_progress = on_progress
         self._answers: OrderedDict[int, list[training_pb2.TrainReply]] = OrderedDict()
         self._lock = asyncio.Lock()
-
-    @property
-    def slot(self) -> str:
-        """The engine's slot of this session alone: what an older session of the client still asks goes nowhere."""
-        return self.token.hex()
 
     async def answer(self, operation: Operation) -> list[training_pb2.TrainReply]:
         """Apply an operation once; a number that was applied before gets its answer again.
@@ -178,7 +189,9 @@ class TrainSession:
         forward = operation.request.forward
         smashed_BTD = await self._off_loop(operation.tensor)
         sequences, tokens, _ = smashed_BTD.shape
-        output_BTD = await self._engine.forward(
+        if forward.step_tokens > self.limits.sequences * self.limits.tokens:
+            raise ProtocolError(f"A step of {forward.step_tokens} tokens is more than this run's steps have.")
+        call = TrunkForward(
             self.slot,
             forward.step,
             forward.micro_batch,
@@ -188,14 +201,15 @@ class TrainSession:
             trains=forward.kind == training_pb2.KIND_TRAIN,
             wants_smashed_gradient=forward.wants_smashed_gradient,
         )
+        output_BTD = await asyncio.wrap_future(self._calls.forward(call, tokens=forward.step_tokens))
         tensor, chunks = await self._encode(output_BTD, self.codecs.trunk_output)
         return training_pb2.TrainReply(trunk_output=training_pb2.TrunkOutput(trunk_output=tensor)), chunks
 
     async def _backward(self, operation: Operation) -> tuple[training_pb2.TrainReply, list[bytes]]:
         backward = operation.request.backward
-        gradient_BTD = await self._engine.backward(
-            self.slot, backward.step, backward.micro_batch, await self._off_loop(operation.tensor)
-        )
+        output_gradient_BTD = await self._off_loop(operation.tensor)
+        call = TrunkBackward(self.slot, backward.step, backward.micro_batch, output_gradient_BTD)
+        gradient_BTD = await asyncio.wrap_future(self._calls.backward(call))
         if gradient_BTD is None:
             return training_pb2.TrainReply(smashed_gradient=training_pb2.SmashedGradient()), []
         tensor, chunks = await self._encode(gradient_BTD, self.codecs.smashed_gradient)
@@ -205,7 +219,7 @@ class TrainSession:
         squared_norm = request.squared_norm if request.HasField("squared_norm") else None
         if squared_norm is not None and not 0 <= squared_norm < math.inf:
             raise ProtocolError(f"The gradients of {self.client!r} have the squared norm {squared_norm}.")
-        applied = await self._engine.apply(self.slot, request.step, squared_norm=squared_norm)
+        applied = await asyncio.wrap_future(self._calls.step(self.slot, request.step, squared_norm=squared_norm))
         return training_pb2.TrainReply(
             stepped=training_pb2.Stepped(adapter_version=applied.version, squared_norm=applied.squared_norm)
         )

@@ -36,6 +36,7 @@ class RunState:
         optimisers: Optimiser state of each client's trunk adapter, by client.
         weights: Weight of each member in every mean.
         agent_ids: Which agent each name belongs to, hexadecimal.
+        aggregator: What the aggregation rule keeps from round to round.
         counted: The round of each member's last update that was counted.
     """
 
@@ -46,6 +47,7 @@ class RunState:
     weights: dict[str, int] = field(default_factory=dict)
     agent_ids: dict[str, str] = field(default_factory=dict)
     counted: dict[str, int] = field(default_factory=dict)
+    aggregator: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RunStore:
@@ -102,8 +104,8 @@ class RunStore:
             facts = json.loads((folder / "state.json").read_text())
             optimisers: dict[str, dict[str, Tensor]] = {client: {} for client in facts["weights"]}
             for name, tensor in load_file(folder / "optimisers.safetensors").items():
-                client, key = name.split("/", 1)
-                optimisers[client][key] = tensor
+                owner, key = name.split("/", 1)
+                optimisers.setdefault(owner, {})[key] = tensor
             return RunState(
                 round=facts["round"],
                 trunk=load_file(folder / "trunk.safetensors"),
@@ -111,6 +113,7 @@ class RunStore:
                 optimisers=optimisers,
                 weights=facts["weights"],
                 agent_ids=facts["agent_ids"],
+                aggregator=load_file(folder / "aggregator.safetensors"),
                 counted=facts.get("counted", dict.fromkeys(facts["weights"], facts["round"])),
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -126,6 +129,7 @@ class RunStore:
         draft.mkdir(parents=True)
         save_file(state.trunk, draft / "trunk.safetensors")
         save_file(state.ends, draft / "ends.safetensors")
+        save_file(state.aggregator, draft / "aggregator.safetensors")
         save_file(
             {
                 f"{client}/{key}": tensor

@@ -149,6 +149,11 @@ class ClientTrainer:
         """The client has an adapter of its own to train."""
         return self._bottom_trains or bool(adapter_parameters(self.top))
 
+    @property
+    def segments(self) -> tuple[Segment, Segment]:
+        """Bottom and top."""
+        return self.bottom, self.top
+
     def adapter_state(self) -> dict[str, Tensor]:
         """Copy the adapters of bottom and top, by whole-model name."""
         return {**adapter_state(self.bottom), **adapter_state(self.top)}

@@ -30,22 +30,24 @@ def lora_settings(lora: LoraSection) -> LoraSettings:
     return LoraSettings(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=targets)
 
 
-def open_trunk(folder: Path, model: ModelSection, lora: LoraSection, *, seed: int) -> Trunk:
+def open_trunk(folder: Path, model: ModelSection, lora: LoraSection, *, seed: int, residual_rank: int = 0) -> Trunk:
     """Load the server's segment, with its adapter at the run's start."""
     trunk = load_trunk(
         folder, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks, dtype=_DTYPES[model.dtype]
     )
-    _adapt(trunk, lora, seed)
+    _adapt(trunk, lora, seed, residual_rank)
     return trunk
 
 
-def open_bottom_and_top(folder: Path, model: ModelSection, lora: LoraSection, *, seed: int) -> tuple[Bottom, Top]:
+def open_bottom_and_top(
+    folder: Path, model: ModelSection, lora: LoraSection, *, seed: int, residual_rank: int = 0
+) -> tuple[Bottom, Top]:
     """Load an agent's segments, with their adapters at the run's start."""
     bottom, top = load_bottom_and_top(
         folder, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks, dtype=_DTYPES[model.dtype]
     )
-    _adapt(bottom, lora, seed)
-    _adapt(top, lora, seed)
+    _adapt(bottom, lora, seed, residual_rank)
+    _adapt(top, lora, seed, residual_rank)
     return bottom, top
 
 
@@ -62,8 +64,8 @@ def start_of_run(folder: Path, lora: LoraSection, trunk: Mapping[str, Tensor], *
     return {name: tensor for name, tensor in whole.items() if name not in trunk}
 
 
-def _adapt(segment: Segment, lora: LoraSection, seed: int) -> None:
+def _adapt(segment: Segment, lora: LoraSection, seed: int, residual_rank: int) -> None:
     try:
-        add_adapter(segment, lora_settings(lora), seed=seed)
+        add_adapter(segment, lora_settings(lora), seed=seed, residual_rank=residual_rank)
     except ValueError as error:
         raise ConfigError(f"[lora] targets: {error}") from error

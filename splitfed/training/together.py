@@ -1,8 +1,11 @@
 """Clients that train one trunk adapter: joint steps of a cohort, or steps as they come with a bound on their age."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import pairwise
+from statistics import median_high
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,6 +18,8 @@ from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 from splitfed.training.trunk_step import Applied, TrunkTrainer
 
 T = TypeVar("T")
+
+_STEPS_TO_GO_BY = 3
 
 Submit = Callable[[Callable[[TrunkTrainer], Any]], Future[Any]]
 """Runs something on the trunk, now or in its turn, in the order in which it was asked."""
@@ -100,16 +105,37 @@ class JointCalls:
     Args:
         slots: The cohort's slots, in an order that does not depend on who comes first.
         submit: Runs something on the trunk.
+        clock: Monotonic seconds.
 
     Guarantees:
         * Calls are run in the order of the slots, whatever came first.
         * One client alone has the bits that it has with an adapter of its own.
     """
 
-    def __init__(self, slots: Iterable[str], submit: Submit) -> None:
+    def __init__(self, slots: Iterable[str], submit: Submit, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._submit = submit
         self._barrier = Barrier(slots, self._run)
         self._tokens: dict[int, dict[str, int]] = {}
+        self._mean: tuple[int, dict[str, Tensor]] | None = None
+        self._clock = clock
+        self._stepped_s: list[float] = []
+
+    @property
+    def slots(self) -> Sequence[str]:
+        """Those that take part, in their order."""
+        return self._barrier.members
+
+    def holding_up(self, margin: float) -> set[str]:
+        """Name the slots that keep the others waiting for more than a multiple of the median joint step.
+
+        Args:
+            margin: How many times the median; nobody holds up a cohort that has not made three steps yet.
+        """
+        if len(self._stepped_s) < _STEPS_TO_GO_BY + 1:
+            return set()
+        took_s = [later - earlier for earlier, later in pairwise(self._stepped_s)]
+        waits_s = self._clock() - self._stepped_s[-1]
+        return self._barrier.missing() if waits_s > margin * median_high(took_s) else set()
 
     def forward(self, call: TrunkForward, *, tokens: int = 0) -> Future[Tensor]:
         """Wait for the cohort, then run the forwards; for evaluation, at once."""
@@ -129,7 +155,9 @@ class JointCalls:
     def mean_gradient(
         self, slot: str, step: int, gradients: Mapping[str, Tensor], *, tokens: int
     ) -> Future[dict[str, Tensor]]:
-        """Wait for the cohort, then give each the weighted mean, float32."""
+        """Wait for the cohort, then give each the weighted mean, float32; asked again, it is given again."""
+        if self._mean is not None and self._mean[0] == step:
+            return _answered(self._mean[1])
         return self._barrier.ask(("mean", step, 0), slot, (gradients, max(tokens, 1)))
 
     def leave(self, slot: str) -> None:
@@ -141,7 +169,8 @@ class JointCalls:
         if kind == "forward":
             return self._submit(lambda trainer: trainer.forward_together(asked))
         if kind == "mean":
-            return _answered([_mean(asked)] * len(slots))
+            self._mean = step, _mean(asked)
+            return _answered([self._mean[1]] * len(slots))
         if kind == "backward":
             calls = [replace(call, share=self._share(step, call.slot)) for call in asked]
             return self._submit(lambda trainer: trainer.backward_together(calls))
@@ -149,6 +178,7 @@ class JointCalls:
         if any(norm is not None for norm in asked):
             others = sum(self._share(step, slot) * (norm or 0.0) for slot, norm in zip(slots, asked, strict=True))
         del self._tokens[step]
+        self._stepped_s.append(self._clock())
         return self._submit(lambda trainer: [trainer.step_together(slots, step, others=others)] * len(slots))
 
     def _share(self, step: int, slot: str) -> float:

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from splitfed.config import TrainingSection
 from splitfed.errors import ProtocolError
-from splitfed.models import Segment, adapter_parameters
+from splitfed.models import Segment, adapter_parameters, load_residual
 from splitfed.privacy.denoise import Denoiser
 from splitfed.training.seeds import derive_seed
 from splitfed.training.trunk_adapter import TrunkAdapter
@@ -78,6 +78,14 @@ class TrunkTrainer:
     def blocks(self) -> range:
         """Blocks of the whole model that the trunk runs."""
         return self._trunk.blocks
+
+    def load_residual(self, residual: Mapping[str, Tensor]) -> None:
+        """Set the frozen adapter under the trained ones, for every client and slice of the trunk.
+
+        Args:
+            residual: By whole-model name; keys of other segments are left aside.
+        """
+        load_residual(self._trunk, residual)
 
     def open_shared(
         self,

@@ -1,6 +1,7 @@
 """Adapters to messages and back: a header, then tensor after tensor by its whole-model name."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 from torch import Tensor
 
@@ -8,6 +9,9 @@ from splitfed.compress import Codec
 from splitfed.errors import ProtocolError
 from splitfed.proto.v1 import federation_pb2, tensor_pb2
 from splitfed.transport.tensors import Expectation, IncomingTensor, to_messages
+
+RESIDUAL: Final = "residual/"
+"""What the name of a frozen adapter's factor begins with, where a round starts from one besides the trained one."""
 
 
 def adapter_messages(

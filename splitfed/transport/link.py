@@ -4,8 +4,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -29,6 +29,8 @@ KIND_TO_WIRE = {
     Kind.EVALUATE: training_pb2.KIND_EVALUATE,
     Kind.GENERATE: training_pb2.KIND_GENERATE,
 }
+
+MeanGradient = Callable[[int, Mapping[str, Tensor], int], dict[str, Tensor]]
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class GrpcLink:
         backoff: When to try again, and when to give up.
         silence_s: Seconds without any answer after which an open request counts as lost.
         is_joint: Local steps are joint: the server needs to know what each agent counts for.
+        mean_gradient: Given a step, gradients of bottom and top and their tokens, gives the cohort's mean; none: bottom
+            and top are not merged at every step.
         traffic: Where bytes are counted.
     """
 
@@ -68,6 +72,7 @@ class GrpcLink:
         backoff: Backoff,
         silence_s: float,
         is_joint: bool = False,
+        mean_gradient: MeanGradient | None = None,
         traffic: Traffic | None = None,
     ) -> None:
         self.traffic = traffic or Traffic()
@@ -77,6 +82,8 @@ class GrpcLink:
         self._backoff = backoff
         self._silence_s = silence_s
         self._is_joint = is_joint
+        self._mean_gradient = mean_gradient
+        self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="link-mean")
         self._lock = threading.Lock()
         self._pending: OrderedDict[int, _Request] = OrderedDict()
         self._next_number = 0
@@ -135,9 +142,16 @@ class GrpcLink:
         request = training_pb2.TrainRequest(step=training_pb2.Step(step=step, squared_norm=squared_norm))
         return self._send(request, [], "stepped", None)
 
+    def mean_gradient(self, step: int, gradients: Mapping[str, Tensor], *, tokens: int) -> Future[dict[str, Tensor]]:
+        """Send gradients of bottom and top beside the stream; the future holds the cohort's mean."""
+        if self._mean_gradient is None:
+            raise ProtocolError("This run does not merge bottom and top at every step.")
+        return self._beside.submit(self._mean_gradient, step, gradients, tokens)
+
     def close(self) -> None:
         """End the stream. Open futures raise `LinkError`."""
         self._is_closed.set()
+        self._beside.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             if self._outgoing is not None:
                 self._outgoing.put(None)

@@ -1,4 +1,4 @@
 """The version of the wire."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Both sides must agree; it changes with every change that an older peer would misread."""

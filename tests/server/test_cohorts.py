@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from splitfed.federation.cohort import ranked
 from splitfed.proto.v1 import training_pb2
 from splitfed.server.contribution import Contribution
 from splitfed.server.sessions import Operation, TrainSession
+from splitfed.training.trunk_step import Applied
 from tests.server.test_coordinator import ENDS, TRUNK, Run
 
 SEED = 3
@@ -195,13 +196,15 @@ async def test_an_operation_whose_slot_is_emptied_meanwhile_ends_with_the_round_
     await run.join("a", "b")
     session = await run.train("a", steps=1)
 
-    async def start_again_meanwhile(slot: str, step: int, **_: object) -> int:
-        await run.coordinator.open_session("a", 1, b"")
-        raise ProtocolError("This round has not been opened, or was opened again elsewhere.")
-
-    monkeypatch.setattr(run.engine, "apply", start_again_meanwhile)
+    refused: Future[Any] = Future()
+    monkeypatch.setattr(session._calls, "_submit", lambda work: refused)
+    stepping = asyncio.create_task(step(session, 1))
+    await asyncio.sleep(0)  # until the operation is there
+    monkeypatch.undo()
+    await run.coordinator.open_session("a", 1, b"")
+    refused.set_exception(ProtocolError("This round has not been opened, or was opened again elsewhere."))
     with pytest.raises(RoundLost, match="Round 1 goes on without this session of 'a'"):
-        await step(session, 1)
+        await stepping
 
 
 async def test_a_late_update_counts_by_its_change_in_the_round_that_it_comes_in(open_run: OpenRun) -> None:
@@ -295,19 +298,14 @@ async def test_a_member_that_waits_for_its_answer_is_not_taken_for_silent(
 ) -> None:
     run = open_run(agents=2)
     await run.join("a", "b")
-    session, may_answer = await run.train("a", steps=1), asyncio.Event()
-    apply = run.engine.apply
-
-    async def take_long(*given: Any, **named: Any) -> Any:
-        await may_answer.wait()
-        return await apply(*given, **named)
-
-    monkeypatch.setattr(run.engine, "apply", take_long)
+    session = await run.train("a", steps=1)
+    slow: Future[Any] = Future()
+    monkeypatch.setattr(session._calls, "_submit", lambda work: slow)
     stepping = asyncio.create_task(step(session, 1))
     await asyncio.sleep(0)  # until the operation is there
     await time_passes(run, 30)
     assert run.coordinator.rounds.joined == 1  # b, which has nothing to wait for, is left out
-    may_answer.set()
+    slow.set_result(Applied(2, 0.0))
     await stepping
     await time_passes(run, 11)
     assert run.coordinator.rounds.joined == 0

@@ -280,6 +280,7 @@ async def test_a_round_leaves_a_checkpoint_an_adapter_and_a_line(run: Run) -> No
             "b": {"weight": 1, "tokens": 32, "bytes_up": 0, "bytes_down": 0, **nothing_told},
         },
         "adapter": "adapters/round-0001",
+        "aggregation": {"step_norm": 3.0},
     }
     saved = run.store.load()
     assert saved is not None

@@ -16,6 +16,7 @@ from splitfed.errors import ProtocolError
 from splitfed.proto.v1 import training_pb2
 from splitfed.server.sessions import Limits, Operation, TrainSession
 from splitfed.training.link import LinkCodecs
+from splitfed.training.together import OwnCalls
 from splitfed.transport.tensors import CHUNK_BYTES, Expectation, IncomingTensor, to_messages
 from tests.server.recording_engine import RecordingEngine
 
@@ -39,7 +40,9 @@ class Round:
 
 def open_round(worker: ThreadPoolExecutor, codecs: LinkCodecs = OPEN, limits: Limits = LIMITS) -> Round:
     engine, progress = RecordingEngine(), []
-    session = TrainSession("a", 1, engine, codecs, limits, worker, on_progress=lambda: progress.append(None))
+    session = TrainSession(
+        "a", 1, OwnCalls(engine.submit), codecs, limits, worker, on_progress=lambda: progress.append(None)
+    )
     return Round(session, engine, progress)
 
 

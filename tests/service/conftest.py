@@ -17,6 +17,7 @@ from splitfed.config import (
     ServerSection,
     TrainingSection,
 )
+from splitfed.config.aggregation import AggregationSection
 
 OPEN = CodecSection(smashed="none", trunk_output="none", output_gradient="none", smashed_gradient="none")
 
@@ -40,7 +41,7 @@ def demo_base() -> Path:
 
 
 def server_config(folder: Path, base: Path | str = "demo", **sections: Any) -> ServerConfig:
-    """Configure a small run in a folder."""
+    """Configure a small run in a folder; both factors are trained unless it says otherwise."""
     training = {"rounds": 2, "local_steps": 3, "batch_size": 4, "max_tokens": 32, "learning_rate": 3e-3}
     return ServerConfig(
         run=RunSection(name="small", directory=folder / "run", seed=3),
@@ -49,6 +50,7 @@ def server_config(folder: Path, base: Path | str = "demo", **sections: Any) -> S
         training=TrainingSection(**{**training, **sections.get("training", {})}),
         federation=FederationSection(**sections.get("federation", {})),
         codecs=sections.get("codecs", OPEN),
+        aggregation=AggregationSection(**sections.get("aggregation", {"lora": "factors"})),
         server=ServerSection(address="127.0.0.1:0", **sections.get("server", {})),
         tls=sections.get("tls"),
     )

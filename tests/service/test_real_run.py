@@ -82,6 +82,7 @@ def test_three_agents_fine_tune_a_pretrained_model_on_e2e(daemons: Daemons, stor
             "lora": LORA,
             "training": {**TRAINING, "rounds": 2, "local_steps": 15},
             "federation": {"agents": 3},
+            "aggregation": {"lora": "factors"},
             "codecs": OPEN,
         }
     )
@@ -125,6 +126,7 @@ def test_one_agent_has_the_loss_curve_of_central_lora(daemons: Daemons, stories2
             "model": {"base": str(stories260k), "bottom_blocks": 1, "top_blocks": 1},
             "lora": LORA,
             "training": training.model_dump(exclude_none=True),
+            "aggregation": {"lora": "factors"},
             "codecs": OPEN,
         }
     )
@@ -150,6 +152,7 @@ def test_daemons_that_are_killed_end_with_the_bits_of_an_undisturbed_run(daemons
         "model": {"base": "demo"},
         "training": training,
         "federation": {"agents": 2},
+        "aggregation": {"lora": "factors"},
         "server": {"address": f"127.0.0.1:{port}"},
     }
     files = {name: write_texts(daemons.folder / f"{name}.jsonl", name, rows) for name, rows in (("a", 9), ("b", 14))}

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from splitfed.proto.v1 import tensor_pb2 as splitfed_dot_proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"splitfed/proto/v1/federation.proto\x12\x11splitfed.proto.v1\x1a\x1esplitfed/proto/v1/tensor.proto\"@\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\"\xe5\x01\n\nRoundEvent\x12-\n\x07waiting\x18\x01 \x01(\x0b\x32\x1a.splitfed.proto.v1.WaitingH\x00\x12\x36\n\x0cround_opened\x18\x02 \x01(\x0b\x32\x1e.splitfed.proto.v1.RoundOpenedH\x00\x12\x36\n\x0crun_finished\x18\x03 \x01(\x0b\x32\x1e.splitfed.proto.v1.RunFinishedH\x00\x12/\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x1b.splitfed.proto.v1.DrainingH\x00\x42\x07\n\x05\x65vent\")\n\x07Waiting\x12\x0e\n\x06\x61gents\x18\x01 \x01(\r\x12\x0e\n\x06joined\x18\x02 \x01(\r\"m\n\x0bRoundOpened\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x14\n\x0cis_submitted\x18\x03 \x01(\x08\x12\x13\n\x0bis_selected\x18\x04 \x01(\x08\x12\x14\n\x0clast_counted\x18\x05 \x01(\r\"\x1d\n\x0bRunFinished\x12\x0e\n\x06rounds\x18\x01 \x01(\r\"\n\n\x08\x44raining\"V\n\x13\x46\x65tchAdapterRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\x12\r\n\x05round\x18\x04 \x01(\r\"\xcd\x01\n\rAdapterHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07tensors\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x1a\n\rtraining_loss\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rheld_out_loss\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x10\n\x0e_training_lossB\x10\n\x0e_held_out_loss\"\x8d\x01\n\x0c\x41\x64\x61pterChunk\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .splitfed.proto.v1.AdapterHeaderH\x00\x12\x30\n\x06tensor\x18\x02 \x01(\x0b\x32\x1e.splitfed.proto.v1.NamedTensorH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"\x1d\n\x0bSubmitReply\x12\x0e\n\x06is_new\x18\x01 \x01(\x08\"R\n\x0cLeaveRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\x12\x10\n\x08\x66or_good\x18\x04 \x01(\x08\"\x0c\n\nLeaveReply2\xcf\x02\n\nFederation\x12I\n\x05Watch\x12\x1f.splitfed.proto.v1.WatchRequest\x1a\x1d.splitfed.proto.v1.RoundEvent0\x01\x12Y\n\x0c\x46\x65tchAdapter\x12&.splitfed.proto.v1.FetchAdapterRequest\x1a\x1f.splitfed.proto.v1.AdapterChunk0\x01\x12R\n\rSubmitAdapter\x12\x1f.splitfed.proto.v1.AdapterChunk\x1a\x1e.splitfed.proto.v1.SubmitReply(\x01\x12G\n\x05Leave\x12\x1f.splitfed.proto.v1.LeaveRequest\x1a\x1d.splitfed.proto.v1.LeaveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"splitfed/proto/v1/federation.proto\x12\x11splitfed.proto.v1\x1a\x1esplitfed/proto/v1/tensor.proto\"@\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\"\xe5\x01\n\nRoundEvent\x12-\n\x07waiting\x18\x01 \x01(\x0b\x32\x1a.splitfed.proto.v1.WaitingH\x00\x12\x36\n\x0cround_opened\x18\x02 \x01(\x0b\x32\x1e.splitfed.proto.v1.RoundOpenedH\x00\x12\x36\n\x0crun_finished\x18\x03 \x01(\x0b\x32\x1e.splitfed.proto.v1.RunFinishedH\x00\x12/\n\x08\x64raining\x18\x04 \x01(\x0b\x32\x1b.splitfed.proto.v1.DrainingH\x00\x42\x07\n\x05\x65vent\")\n\x07Waiting\x12\x0e\n\x06\x61gents\x18\x01 \x01(\r\x12\x0e\n\x06joined\x18\x02 \x01(\r\"m\n\x0bRoundOpened\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0e\n\x06rounds\x18\x02 \x01(\r\x12\x14\n\x0cis_submitted\x18\x03 \x01(\x08\x12\x13\n\x0bis_selected\x18\x04 \x01(\x08\x12\x14\n\x0clast_counted\x18\x05 \x01(\r\"\x1d\n\x0bRunFinished\x12\x0e\n\x06rounds\x18\x01 \x01(\r\"\n\n\x08\x44raining\"V\n\x13\x46\x65tchAdapterRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\x12\r\n\x05round\x18\x04 \x01(\r\"\xdb\x01\n\rAdapterHeader\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0f\n\x07tensors\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x1a\n\rtraining_loss\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rheld_out_loss\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04step\x18\t \x01(\rB\x10\n\x0e_training_lossB\x10\n\x0e_held_out_loss\"\x8d\x01\n\x0c\x41\x64\x61pterChunk\x12\x32\n\x06header\x18\x01 \x01(\x0b\x32 .splitfed.proto.v1.AdapterHeaderH\x00\x12\x30\n\x06tensor\x18\x02 \x01(\x0b\x32\x1e.splitfed.proto.v1.NamedTensorH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04\x62ody\"\x1d\n\x0bSubmitReply\x12\x0e\n\x06is_new\x18\x01 \x01(\x08\"R\n\x0cLeaveRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x03 \x01(\x0c\x12\x10\n\x08\x66or_good\x18\x04 \x01(\x08\"\x0c\n\nLeaveReply2\xa5\x03\n\nFederation\x12I\n\x05Watch\x12\x1f.splitfed.proto.v1.WatchRequest\x1a\x1d.splitfed.proto.v1.RoundEvent0\x01\x12Y\n\x0c\x46\x65tchAdapter\x12&.splitfed.proto.v1.FetchAdapterRequest\x1a\x1f.splitfed.proto.v1.AdapterChunk0\x01\x12R\n\rSubmitAdapter\x12\x1f.splitfed.proto.v1.AdapterChunk\x1a\x1e.splitfed.proto.v1.SubmitReply(\x01\x12T\n\x0cMeanGradient\x12\x1f.splitfed.proto.v1.AdapterChunk\x1a\x1f.splitfed.proto.v1.AdapterChunk(\x01\x30\x01\x12G\n\x05Leave\x12\x1f.splitfed.proto.v1.LeaveRequest\x1a\x1d.splitfed.proto.v1.LeaveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,15 +47,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHADAPTERREQUEST']._serialized_start=584
   _globals['_FETCHADAPTERREQUEST']._serialized_end=670
   _globals['_ADAPTERHEADER']._serialized_start=673
-  _globals['_ADAPTERHEADER']._serialized_end=878
-  _globals['_ADAPTERCHUNK']._serialized_start=881
-  _globals['_ADAPTERCHUNK']._serialized_end=1022
-  _globals['_SUBMITREPLY']._serialized_start=1024
-  _globals['_SUBMITREPLY']._serialized_end=1053
-  _globals['_LEAVEREQUEST']._serialized_start=1055
-  _globals['_LEAVEREQUEST']._serialized_end=1137
-  _globals['_LEAVEREPLY']._serialized_start=1139
-  _globals['_LEAVEREPLY']._serialized_end=1151
-  _globals['_FEDERATION']._serialized_start=1154
-  _globals['_FEDERATION']._serialized_end=1489
+  _globals['_ADAPTERHEADER']._serialized_end=892
+  _globals['_ADAPTERCHUNK']._serialized_start=895
+  _globals['_ADAPTERCHUNK']._serialized_end=1036
+  _globals['_SUBMITREPLY']._serialized_start=1038
+  _globals['_SUBMITREPLY']._serialized_end=1067
+  _globals['_LEAVEREQUEST']._serialized_start=1069
+  _globals['_LEAVEREQUEST']._serialized_end=1151
+  _globals['_LEAVEREPLY']._serialized_start=1153
+  _globals['_LEAVEREPLY']._serialized_end=1165
+  _globals['_FEDERATION']._serialized_start=1168
+  _globals['_FEDERATION']._serialized_end=1589
 # @@protoc_insertion_point(module_scope)

@@ -73,7 +73,7 @@ class FetchAdapterRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., client: _Optional[str] = ..., agent_id: _Optional[bytes] = ..., round: _Optional[int] = ...) -> None: ...
 
 class AdapterHeader(_message.Message):
-    __slots__ = ("run_id", "client", "agent_id", "round", "tensors", "tokens", "training_loss", "held_out_loss")
+    __slots__ = ("run_id", "client", "agent_id", "round", "tensors", "tokens", "training_loss", "held_out_loss", "step")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     AGENT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class AdapterHeader(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRAINING_LOSS_FIELD_NUMBER: _ClassVar[int]
     HELD_OUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     client: str
     agent_id: bytes
@@ -90,7 +91,8 @@ class AdapterHeader(_message.Message):
     tokens: int
     training_loss: float
     held_out_loss: float
-    def __init__(self, run_id: _Optional[str] = ..., client: _Optional[str] = ..., agent_id: _Optional[bytes] = ..., round: _Optional[int] = ..., tensors: _Optional[int] = ..., tokens: _Optional[int] = ..., training_loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ...) -> None: ...
+    step: int
+    def __init__(self, run_id: _Optional[str] = ..., client: _Optional[str] = ..., agent_id: _Optional[bytes] = ..., round: _Optional[int] = ..., tensors: _Optional[int] = ..., tokens: _Optional[int] = ..., training_loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ..., step: _Optional[int] = ...) -> None: ...
 
 class AdapterChunk(_message.Message):
     __slots__ = ("header", "tensor", "chunk")

@@ -50,6 +50,11 @@ class FederationStub:
                 request_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.SerializeToString,
                 response_deserializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.FromString,
                 _registered_method=True)
+        self.MeanGradient = channel.stream_stream(
+                '/splitfed.proto.v1.Federation/MeanGradient',
+                request_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.SerializeToString,
+                response_deserializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/splitfed.proto.v1.Federation/Leave',
                 request_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.LeaveRequest.SerializeToString,
@@ -82,6 +87,13 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeanGradient(self, request_iterator, context):
+        """Where bottom and top are merged at every step: this agent's gradients, and the mean of the cohort's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Leave(self, request, context):
         """A member stops: the run goes on without it. Leaving twice is leaving once.
         """
@@ -106,6 +118,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.SubmitAdapter,
                     request_deserializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.FromString,
                     response_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.SerializeToString,
+            ),
+            'MeanGradient': grpc.stream_stream_rpc_method_handler(
+                    servicer.MeanGradient,
+                    request_deserializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.FromString,
+                    response_serializer=splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -195,6 +212,33 @@ class Federation:
             '/splitfed.proto.v1.Federation/SubmitAdapter',
             splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.SerializeToString,
             splitfed_dot_proto_dot_v1_dot_federation__pb2.SubmitReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeanGradient(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/splitfed.proto.v1.Federation/MeanGradient',
+            splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.SerializeToString,
+            splitfed_dot_proto_dot_v1_dot_federation__pb2.AdapterChunk.FromString,
             options,
             channel_credentials,
             insecure,

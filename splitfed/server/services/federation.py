@@ -4,6 +4,8 @@ import math
 from collections.abc import AsyncIterator
 from typing import Any
 
+from torch import Tensor
+
 from splitfed.compress import get_codec
 from splitfed.errors import ProtocolError, RoundLost
 from splitfed.federation import Phase
@@ -22,7 +24,6 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._coordinator = coordinator
         self._identity = identity
         self._codec = get_codec(coordinator.config.codecs.adapter)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in coordinator.ends.items()}
 
     async def Watch(
         self, request: federation_pb2.WatchRequest, context: Any
@@ -58,7 +59,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             raise RoundLost(f"Round {request.round} is over; the run is at round {self._coordinator.rounds.current}.")
         self._coordinator.note_progress(request.client)
         header = federation_pb2.AdapterHeader(run_id=request.run_id, client=request.client, round=request.round)
-        for message in adapter_messages(header, self._coordinator.ends, self._codec):
+        for message in adapter_messages(header, self._coordinator.start_of_round, self._codec):
             self._coordinator.count_bytes(request.client, down=message.ByteSize() + FRAMING_BYTES)
             yield message
 
@@ -66,25 +67,47 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self, request_iterator: AsyncIterator[federation_pb2.AdapterChunk], context: Any
     ) -> federation_pb2.SubmitReply:
         """Take a client's update."""
-        first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("body") != "header":
-            raise ProtocolError("An update starts with its header.")
-        header = first.header
-        self._check(context, header)
-        incoming = IncomingAdapter(self._shapes, self._codec)
-        received_bytes = first.ByteSize() + FRAMING_BYTES
-        async for message in request_iterator:
-            received_bytes += message.ByteSize() + FRAMING_BYTES
-            incoming.add(message)
-            self._coordinator.note_progress(header.client)
-        self._coordinator.count_bytes(header.client, up=received_bytes)
+        header, state = await self._receive(request_iterator, context)
         contribution = Contribution(
             tokens=header.tokens,
             training_loss=_finite(header.training_loss) if header.HasField("training_loss") else None,
             held_out_loss=_finite(header.held_out_loss) if header.HasField("held_out_loss") else None,
         )
-        is_new = await self._coordinator.submit(header.client, header.round, incoming.state(), contribution)
+        is_new = await self._coordinator.submit(header.client, header.round, state, contribution)
         return federation_pb2.SubmitReply(is_new=is_new)
+
+    async def MeanGradient(
+        self, request_iterator: AsyncIterator[federation_pb2.AdapterChunk], context: Any
+    ) -> AsyncIterator[federation_pb2.AdapterChunk]:
+        """Take a client's gradients of a local step, and give the cohort's mean once all are there."""
+        header, gradients = await self._receive(request_iterator, context)
+        mean = await self._coordinator.mean_gradient(
+            header.client, header.round, header.step, gradients, tokens=header.tokens
+        )
+        reply = federation_pb2.AdapterHeader(
+            run_id=header.run_id, client=header.client, round=header.round, step=header.step
+        )
+        for message in adapter_messages(reply, mean, self._codec):
+            self._coordinator.count_bytes(header.client, down=message.ByteSize() + FRAMING_BYTES)
+            yield message
+
+    async def _receive(
+        self, messages: AsyncIterator[federation_pb2.AdapterChunk], context: Any
+    ) -> tuple[federation_pb2.AdapterHeader, dict[str, Tensor]]:
+        """Take a header, and a tensor for each factor that its round trains."""
+        first = await anext(aiter(messages), None)
+        if first is None or first.WhichOneof("body") != "header":
+            raise ProtocolError("An update starts with its header.")
+        header = first.header
+        self._check(context, header)
+        incoming = IncomingAdapter(self._coordinator.update_shapes(header.round), self._codec)
+        received_bytes = first.ByteSize() + FRAMING_BYTES
+        async for message in messages:
+            received_bytes += message.ByteSize() + FRAMING_BYTES
+            incoming.add(message)
+            self._coordinator.note_progress(header.client)
+        self._coordinator.count_bytes(header.client, up=received_bytes)
+        return header, incoming.state()
 
     async def Leave(self, request: federation_pb2.LeaveRequest, context: Any) -> federation_pb2.LeaveReply:
         """Let a member go."""

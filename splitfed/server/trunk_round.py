@@ -1,0 +1,157 @@
+"""The trunk's part in one round: whose adapter a client trains, what runs its calls, and what is left at the end."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from torch import Tensor
+
+from splitfed.config import FederationSection
+from splitfed.errors import RoundLost
+from splitfed.federation.variants import Staleness, Variant
+from splitfed.server.engine import Engine
+from splitfed.training.together import FreeCalls, JointCalls, OwnCalls, TrunkCalls
+
+SHARED: Final = "(shared)"
+"""Owner of an adapter and an optimiser that belong to no client; no client can have this name."""
+
+
+class TrunkRound:
+    """One round's trunk adapters, by the run's variant. All methods run on the event loop.
+
+    Args:
+        variant: How clients share the trunk's adapter.
+        engine: Where the trunk runs.
+        federation: Bounds on staleness, and how many clients a round has.
+        adapter: What the round starts from, by whole-model name.
+        optimisers: Optimiser state of each owner.
+        round: The round, from 1.
+        attempt: How often the round was begun before; slots of an earlier attempt are others.
+        trained: Names that are trained in this round.
+        clock: Monotonic seconds.
+
+    Attributes:
+        optimisers: Optimiser state of each owner, as far as updates are in.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        engine: Engine,
+        federation: FederationSection,
+        *,
+        adapter: Mapping[str, Tensor],
+        optimisers: Mapping[str, Mapping[str, Tensor]],
+        round: int,
+        attempt: int = 0,
+        trained: frozenset[str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.optimisers = {owner: dict(state) for owner, state in optimisers.items()}
+        self._variant = variant
+        self._engine = engine
+        self._federation = federation
+        self._adapter = dict(adapter)
+        self._round = round
+        self._attempt = attempt
+        self._trained = trained
+        self._clock = clock
+        self._calls: TrunkCalls | None = None
+        self._opening = asyncio.Lock()
+
+    def slot(self, client: str, token: bytes) -> str:
+        """Name the slot of a client's session: its place in joint steps, otherwise the session's alone."""
+        return f"{self._round}.{self._attempt}/{client}" if self._variant.steps_jointly else token.hex()
+
+    @property
+    def joint(self) -> JointCalls | None:
+        """What gathers joint steps, once the round has begun; None in other variants."""
+        return self._calls if isinstance(self._calls, JointCalls) else None
+
+    async def open(self, client: str, slot: str, members: Iterable[str]) -> TrunkCalls:
+        """Fill a client's slot at the round's start.
+
+        Args:
+            client: The client.
+            slot: What `slot` gave.
+            members: Clients that the round's joint steps are made of, if they have not begun yet.
+
+        Raises:
+            RoundLost: If joint steps have begun without this client.
+        """
+        async with self._opening:
+            if self._calls is None:
+                self._calls = await self._begin(members)
+        if self.joint is not None and slot not in self.joint.slots:
+            raise RoundLost(f"Round {self._round} has begun without {client!r}; it takes part in the next one.")
+        owner = SHARED if self._variant.takes_turns else client
+        await self._engine.open_round(
+            slot,
+            client,
+            self._round,
+            self._adapter,
+            self.optimisers.get(owner, {}),
+            shared=SHARED if self._variant.shares_adapter else None,
+            joint=self._variant.steps_jointly,
+            trained=self._trained,
+        )
+        return self._calls
+
+    def leave(self, client: str, slot: str) -> None:
+        """Wait for a client no longer."""
+        if self._calls is not None:
+            self._calls.leave(slot)
+
+    def abort(self) -> None:
+        """End everyone's part: the round begins again, or is over."""
+        if self.joint is not None:
+            for slot in list(self.joint.slots):
+                self.joint.leave(slot)
+
+    async def take(self, client: str, slot: str) -> dict[str, Tensor]:
+        """Give what the trunk has trained on a client's behalf and what its update is to hold of that.
+
+        Args:
+            client: The client, whose update is here.
+            slot: Its slot.
+
+        Returns:
+            Its own copy of the trunk adapter; empty where clients share one.
+        """
+        if self._variant.shares_adapter:
+            return {}
+        adapter, optimiser = await self._engine.snapshot(slot)
+        if not self._variant.takes_turns:
+            self.optimisers[client] = optimiser
+            return adapter
+        self._adapter |= adapter
+        self.optimisers.setdefault(SHARED, {}).update(optimiser)
+        return {}
+
+    async def result(self) -> dict[str, Tensor]:
+        """Give the trunk adapter that the round leaves, where it is not a mean of copies; empty where it is."""
+        if self._variant.averages_trunk:
+            return {}
+        if self._variant.shares_adapter and self._calls is not None:
+            self._adapter, self.optimisers[SHARED] = await self._engine.shared_snapshot(SHARED)
+        return dict(self._adapter)
+
+    async def _begin(self, members: Iterable[str]) -> TrunkCalls:
+        if not self._variant.shares_adapter:
+            return OwnCalls(self._engine.submit)
+        optimiser = self.optimisers.get(SHARED, {})
+        await self._engine.open_shared(SHARED, self._adapter, optimiser, trained=self._trained)
+        if self._variant.steps_jointly:
+            return JointCalls([self.slot(member, b"") for member in members], self._engine.submit, clock=self._clock)
+        clients = most_at_work(self._federation)
+        most = self._federation.max_staleness
+        staleness = Staleness(4 * clients if most is None else most, clients, self._federation.staleness_exponent)
+        return FreeCalls(self._engine.submit, staleness)
+
+
+def most_at_work(federation: FederationSection) -> int:
+    """Say how many clients may be at work in a round."""
+    if federation.cohort is not None:
+        return federation.cohort + federation.over_selection
+    return federation.population or federation.agents
