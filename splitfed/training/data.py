@@ -3,7 +3,6 @@
 Shapes: B sequences, T tokens.
 """
 
-import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
@@ -124,12 +123,12 @@ def load_examples(
         data: The agent's section on its data.
         tokenizer: The base model's tokenizer.
         max_tokens: The run's T, at least 2.
-        record_hash: Salted hash of a row's content, which names it in the ledger.
+        record_hash: Salted hash of a row's content in hexadecimal digits, which names it in the ledger.
 
     Returns:
         What to train on and what to evaluate on; the second is empty when nothing is held out. With
-        ``held_out_fraction``, a row's own content decides on which side it is, so that equal rows stay together, on
-        every agent and whatever the salt.
+        ``held_out_fraction``, a row's content and the salt decide on which side it is: equal rows stay together, in
+        every run under that salt, and how many are held out says nothing about what they are.
 
     Raises:
         DataError: If a file is missing, empty, wrongly shaped, or leaves nothing to learn.
@@ -205,7 +204,8 @@ def _load(
                 fields, objective.sequences(fields, tokenizer, max_tokens=max_tokens), strict=True
             ):
                 content_bytes = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str).encode()
-                sides[_is_held_out(content_bytes, held_out_fraction)].add_row(sequences, record_hash(content_bytes))
+                is_held_out = _is_held_out(content_bytes, held_out_fraction, record_hash)
+                sides[is_held_out].add_row(sequences, record_hash(content_bytes))
     n_rows = sum(side.rows for side in sides)
     if n_rows == 0:
         raise DataError(f"{path}: is empty; give a file with at least one row")
@@ -214,5 +214,8 @@ def _load(
     return sides
 
 
-def _is_held_out(content: bytes, fraction: float) -> bool:
-    return int.from_bytes(hashlib.sha256(b"held out\0" + content).digest()[:8]) < fraction * 2**64
+def _is_held_out(content: bytes, fraction: float, record_hash: RecordHash) -> bool:
+    """Draw a row's side by a hash under the salt: by a public one, the count that a server sees would be of its own
+    making.
+    """
+    return fraction > 0 and int(record_hash(b"held out\0" + content)[:16], 16) < fraction * 2**64
