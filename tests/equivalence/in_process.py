@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitfed
-from splitfed.config import CodecSection, DataSection, LoraSection, ModelSection, TrainingSection
+from splitfed.config import CodecSection, DataSection, FederationSection, LoraSection, ModelSection, TrainingSection
+from splitfed.config.aggregation import AggregationSection
 from splitfed.training.data import ExampleSet, load_examples
 from splitfed.training.simulate import Simulation, simulate
 
@@ -28,6 +29,8 @@ def simulate_files(
     seed: int,
     lora: LoraSection | None = None,
     codecs: CodecSection | None = None,
+    federation: FederationSection | None = None,
+    aggregation: AggregationSection | None = None,
 ) -> Simulation:
     """Run one client per file, cut as a run file cuts by default."""
     base = splitfed.base_model_folder()
@@ -36,4 +39,14 @@ def simulate_files(
     parts = splitfed.partition(model, bottom_blocks=cut.bottom_blocks, top_blocks=cut.top_blocks)
     examples = {name: examples_in(file, training.max_tokens) for name, file in files.items()}
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return simulate(parts, tokenizer, examples, training=training, lora=lora, codecs=codecs, seed=seed)
+    return simulate(
+        parts,
+        tokenizer,
+        examples,
+        training=training,
+        lora=lora,
+        codecs=codecs,
+        federation=federation,
+        aggregation=aggregation,
+        seed=seed,
+    )
