@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command, then end the process with its exit status.
 
     What a user can meet becomes one sentence on stderr: status 2 for a mistake in the configuration or on the command
-    line, 1 for anything else. Ctrl-C ends with status 130 and no words.
+    line, 3 for what a second start would meet again, 1 for anything else. Ctrl-C ends with status 130 and no words.
 
     Args:
         arguments: The words after ``splitfed``; left out = those that the process was started with.

@@ -12,6 +12,7 @@ SplitFedError
  │  └ LedgerError            a ledger that cannot be read or written
  ├ NonFiniteLoss             the loss became NaN or infinite
  ├ RunDirectoryError         the directory already holds another run
+ ├ StateError                an agent's state cannot be written
  └ LinkError
     ├ AddressInUse           another process listens on the daemon's address
     ├ ServerUnreachable      no server answered, after all retries
@@ -49,6 +50,8 @@ class UnsupportedFamily(SplitFedError):
 class SplitPointError(SplitFedError, ValueError):
     """A split point outside the model."""
 
+    exit_code = 2
+
 
 class FingerprintMismatch(SplitFedError):
     """Agent and server hold different base models."""
@@ -84,6 +87,10 @@ class RunDirectoryError(SplitFedError):
     """The directory already holds another run."""
 
 
+class StateError(SplitFedError):
+    """An agent's state cannot be written."""
+
+
 class LinkError(SplitFedError):
     """The connection between agent and server, or what came over it, failed."""
 
@@ -105,4 +112,6 @@ class ProtocolError(LinkError):
 
 
 class JoinRefused(LinkError):
-    """The server, or the agent's own policy, refused to join the run."""
+    """The server, or the agent's own policy, refused to join the run; to ask again changes nothing."""
+
+    exit_code = 3

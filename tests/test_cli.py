@@ -213,14 +213,14 @@ def test_an_audit_shows_what_noise_takes_from_a_server(
 @pytest.mark.parametrize(
     ("change", "status", "said"),
     [
-        ({"--public-data": "gone.csv"}, 1, "gone.csv: no such file; give --public-data the path of one"),
-        ({"--private-data": "gone.csv"}, 1, "gone.csv: no such file; give --private-data the path of one"),
+        ({"--public-data": "gone.csv"}, 2, "gone.csv: no such file; give --public-data the path of one"),
+        ({"--private-data": "gone.csv"}, 2, "gone.csv: no such file; give --private-data the path of one"),
         ({"--config": "gone.toml"}, 2, "gone.toml: no such file"),
         ({"--config": "agent.toml"}, 2, "agent.toml: unknown key agent"),
         ({"--examples": "1"}, 2, "--examples is 1; give 2 or more"),
         ({"--public-data": "few.jsonl"}, 1, "few.jsonl: has 3 sequences, but an audit needs 8 or more there"),
-        ({"--private-data": "other.csv"}, 1, "it has mr, ref: name the right ones with --prompt-column"),
-        ({"--private-data": "rows.dat"}, 1, "rows.dat: its extension says no format; give it the name of a"),
+        ({"--private-data": "other.csv"}, 2, "it has mr, ref: name the right ones with --prompt-column"),
+        ({"--private-data": "rows.dat"}, 2, "rows.dat: its extension says no format; give it the name of a"),
         ({"--output": "server.toml"}, 2, "server.toml: cannot be written to"),
     ],
 )

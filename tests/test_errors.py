@@ -21,8 +21,9 @@ def test_every_error_is_in_the_tree_that_the_module_draws(error: type[Exception]
 def test_the_exit_status_tells_a_wrong_configuration_and_a_stop_for_good_from_all_else(
     error: type[SplitFedError],
 ) -> None:
-    for_good = {errors.PrivacyError, errors.BudgetExhausted, errors.NonFiniteLoss}
-    assert error.exit_code == (2 if issubclass(error, ConfigError) else 3 if error in for_good else 1)
+    for_good = {errors.PrivacyError, errors.BudgetExhausted, errors.NonFiniteLoss, errors.JoinRefused}
+    is_of_the_file = issubclass(error, ConfigError | SplitPointError)
+    assert error.exit_code == (2 if is_of_the_file else 3 if error in for_good else 1)
 
 
 def test_a_wrong_split_point_is_also_a_wrong_argument() -> None:

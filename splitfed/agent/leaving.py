@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from splitfed.agent.server_calls import ServerCalls
-from splitfed.errors import ServerUnreachable, SplitFedError
+from splitfed.errors import JoinRefused, ServerUnreachable, SplitFedError
 
 _log = logging.getLogger(__name__)
 
@@ -17,6 +17,7 @@ def leave(connect: Callable[[], ServerCalls], run_id: str, error: BaseException)
     """Tell the server that this agent stops, so that nobody waits for it: one try, with a short deadline.
 
     The server learns that the agent stops, and whether for good, which its absence shows anyway. It learns no reason.
+    An agent that is refused when it comes back has not left for good: that is the server's to say.
 
     Args:
         connect: Opens a connection; the one before may hold what stopped the agent.
@@ -27,6 +28,7 @@ def leave(connect: Callable[[], ServerCalls], run_id: str, error: BaseException)
         return
     try:
         with closing(connect()) as calls:
-            calls.leave(run_id, for_good=getattr(error, "exit_code", 0) == _FOR_GOOD)
+            is_for_good = getattr(error, "exit_code", 0) == _FOR_GOOD and not isinstance(error, JoinRefused)
+            calls.leave(run_id, for_good=is_for_good)
     except SplitFedError as failure:
         _log.info("the server did not hear that this agent stops (%s)", str(failure).rstrip("."))

@@ -11,17 +11,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from splitfed.config import DataSection, ServerConfig
-from splitfed.errors import DataError
+from splitfed.errors import ConfigError, DataError, SplitFedError
 from splitfed.study.audit import audit, check_folder, write_audit
 from splitfed.study.audit_rows import Audit
 from splitfed.training.runtime import prepare_process
 
-_WORDS: Final = {
+_OPTIONS: Final = {
     r"in \[data\], such as prompt_column and completion_column": "with --prompt-column and --completion-column",
     r"set data\.format to .*$": "give it the name of a .jsonl, .csv, .parquet or .txt file",
-    r"correct the file or data\.format": "correct the file",
     r"look at the columns named in \[data\]": "look at the columns that are named",
 }
+"""What the command line mends."""
+_FILES: Final = {r"correct the file or data\.format": "correct the file"}
+"""What it does not."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def run_audit(
     """
     for option, file in (("--public-data", public), ("--private-data", private)):
         if not file.is_file():
-            raise DataError(f"{file}: no such file; give {option} the path of one")
+            raise ConfigError(f"{file}: no such file; give {option} the path of one")
     if output is not None:
         check_folder(output)
     prepare_process(config.server.threads)
@@ -72,7 +74,7 @@ def run_audit(
                 config, columns.section(public), columns.section(private), examples=examples, on_stage=on_stage
             )
     except DataError as error:
-        raise DataError(_for_the_command_line(str(error))) from error
+        raise _for_the_command_line(str(error)) from error
     if output is not None:
         write_audit(found, output)
     return found
@@ -104,8 +106,11 @@ class _Lines:
             self._console.print(f"{part:4.0%}  {what}", highlight=False, markup=False)
 
 
-def _for_the_command_line(sentence: str) -> str:
+def _for_the_command_line(sentence: str) -> SplitFedError:
     """Say of a mistake in the data what mends it here, where an agent's section [data] is spoken of."""
-    for there, here in _WORDS.items():
+    for there, here in _FILES.items():
         sentence = re.sub(there, here, sentence)
-    return sentence
+    of_options = sentence
+    for there, here in _OPTIONS.items():
+        of_options = re.sub(there, here, of_options)
+    return DataError(sentence) if of_options == sentence else ConfigError(of_options)

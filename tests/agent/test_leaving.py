@@ -12,6 +12,7 @@ from splitfed.errors import (
     BudgetExhausted,
     ConfigError,
     DataError,
+    JoinRefused,
     LedgerError,
     LinkError,
     NonFiniteLoss,
@@ -55,7 +56,7 @@ def test_what_the_agent_would_meet_again_is_for_good(kind: type[SplitFedError]) 
     assert calls.is_closed
 
 
-@pytest.mark.parametrize("kind", [LedgerError, DataError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("kind", [LedgerError, DataError, JoinRefused, KeyboardInterrupt, MemoryError])
 def test_after_anything_else_the_agent_may_come_back(kind: type[BaseException]) -> None:
     calls = Calls()
     leave(calls.connect, "run", kind("secret"))

@@ -51,7 +51,7 @@ def changed(tables: dict[str, dict[str, Any]], section: str, **values: Any) -> d
         ("model", {"botom_blocks": 1}, 2, ["botom_blocks", "bottom_blocks"]),
         ("training", {"rounds": "three"}, 2, ["training.rounds", "integer"]),
         ("training", {"batch_size": 8, "micro_batch_size": 3}, 2, ["micro_batch_size", "divide"]),
-        ("model", {"bottom_blocks": 4, "top_blocks": 3}, 1, ["bottom_blocks", "6"]),
+        ("model", {"bottom_blocks": 4, "top_blocks": 3}, 2, ["bottom_blocks", "6"]),
         ("training", {"max_tokens": 513}, 2, ["max_tokens is 513", "512 positions"]),
         ("run", {"directory": "/proc/none/run"}, 1, ["[run] directory", "/proc/none/run"]),
         ("model", {"base": "no/such folder"}, 2, ["model.base"]),
