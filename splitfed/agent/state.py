@@ -5,7 +5,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from splitfed.errors import ConfigError
+from splitfed.errors import ConfigError, StateError
 
 _AGENT_ID_BYTES = 16
 _SNAPSHOT = re.compile(r"after-round-(\d+)\.safetensors")
@@ -26,16 +27,24 @@ class AgentState:
         directory: Where it is, or will be.
 
     Raises:
-        ConfigError: If another process uses it, or it cannot be written.
+        ConfigError: If another process uses it, or it cannot be used.
+        StateError: If the agent's id cannot be written to it.
+
+    Guarantees:
+        * A directory that is made here, and what is written to it, can be read by their owner alone.
+        * What cannot be written leaves what was there before.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock: IO[str] = (directory / "lock").open("w")
         except OSError as error:
-            raise ConfigError(f"[agent] state_directory {directory} cannot be used ({error.strerror}).") from error
+            raise ConfigError(
+                f"[agent] state_directory {directory} cannot be used ({error.strerror}); name a folder that this user "
+                "may write to."
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -43,7 +52,11 @@ class AgentState:
             raise ConfigError(
                 f"Another agent uses [agent] state_directory {directory}; end it, or give this one another directory."
             ) from error
-        self.agent_id = self._own_id()
+        try:
+            self.agent_id = self._own_id()
+        except StateError:
+            self._lock.close()
+            raise
 
     def close(self) -> None:
         """Let another process use the directory."""
@@ -76,22 +89,30 @@ class AgentState:
             round: The round that is over.
             state: The optimiser's state.
             start: The round whose end this one started from; None: the one before it.
+
+        Raises:
+            StateError: If that fails.
         """
         first_needed = round - 1 if start is None else start
         folder = self._folder(run_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / ".after-round"
-        save_file(dict(state), draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.rename(folder / f"after-round-{round:04d}.safetensors")
-        for file_ in folder.iterdir():
-            match = _SNAPSHOT.fullmatch(file_.name)
-            if match and int(match[1]) < first_needed:
-                file_.unlink()
+        with self._writing("the optimiser's state"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft = folder / ".after-round"
+            save_file(dict(state), draft)
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            draft.rename(folder / f"after-round-{round:04d}.safetensors")
+            for file_ in folder.iterdir():
+                match = _SNAPSHOT.fullmatch(file_.name)
+                if match and int(match[1]) < first_needed:
+                    file_.unlink()
 
     def write_metrics(self, run_id: str, line: Mapping[str, object]) -> None:
-        """Write a round's line, in place of any that an interrupted try left for it or a later one."""
+        """Write a round's line, in place of any that an interrupted try left for it or a later one.
+
+        Raises:
+            StateError: If that fails.
+        """
         file = self.directory / "metrics.jsonl"
         kept = []
         if file.exists():
@@ -103,9 +124,7 @@ class AgentState:
                     continue  # not a line of ours
                 if is_kept:
                     kept.append(text)
-        draft = file.with_name(".metrics.jsonl")
-        draft.write_text("\n".join([*kept, json.dumps({"run": run_id, **line})]) + "\n")
-        draft.rename(file)
+        self._replace(file, "\n".join([*kept, json.dumps({"run": run_id, **line})]) + "\n")
 
     def _folder(self, run_id: str) -> Path:
         return self.directory / "state" / run_id
@@ -120,7 +139,26 @@ class AgentState:
             if len(own_id) == _AGENT_ID_BYTES:
                 return own_id
         own_id = secrets.token_bytes(_AGENT_ID_BYTES)
-        draft = file.with_name(".agent-id")
-        draft.write_text(own_id.hex())
-        draft.rename(file)
+        self._replace(file, own_id.hex())
         return own_id
+
+    def _replace(self, file: Path, text: str) -> None:
+        """Write a file as a whole, for its owner alone."""
+        draft = file.with_name(f".{file.name}")
+        with self._writing(file.name):
+            draft.unlink(missing_ok=True)
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as opened:
+                opened.write(text)
+            draft.rename(file)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Say in a sentence what could not be written, and what to do."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise StateError(
+                f"{self.directory}: {what} cannot be written ({reason}); make room there, or give this user the right "
+                "to, and start the agent again."
+            ) from error

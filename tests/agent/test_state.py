@@ -1,14 +1,19 @@
 """What an agent finds again after a restart, and what it does when something is lost."""
 
+import errno
 import json
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from splitfed.agent.state import AgentState
-from splitfed.errors import ConfigError
+from splitfed.errors import ConfigError, StateError
 
 
 @pytest.fixture
@@ -137,3 +142,47 @@ def test_a_damaged_line_of_metrics_is_dropped(state: AgentState, damage: str) ->
         file.write(damage + "\n")
     state.write_metrics("run", {"round": 2})
     assert lines(state) == [{"run": "run", "round": 1}, {"run": "run", "round": 2}]
+
+
+# What cannot be written
+
+
+def no_room(*arguments: Any, **named: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_on_a_full_disk_one_sentence_says_what_could_not_be_written(
+    state: AgentState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.keep_optimiser("run", 1, moments(1))
+    state.write_metrics("run", {"round": 1})
+
+    def no_room_in_rust(*arguments: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as full:
+        full.setattr("splitfed.agent.state.save_file", no_room_in_rust)
+        with pytest.raises(StateError, match=r"the optimiser's state cannot be written \(.*No space left.*make room"):
+            state.keep_optimiser("run", 2, moments(2))
+        full.setattr(Path, "rename", no_room)
+        with pytest.raises(StateError, match=r"metrics\.jsonl cannot be written \(No space left on device\)"):
+            state.write_metrics("run", {"round": 2})
+        (state.directory / "agent-id").unlink()
+        state.close()
+        with pytest.raises(StateError, match=r"agent-id cannot be written \(No space left on device\); make room"):
+            AgentState(state.directory)
+    reopened(state.directory)  # it was released
+    assert lines(state) == [{"run": "run", "round": 1}]
+    assert state.optimiser_after("run", 1) is not None
+
+
+def test_what_an_agent_keeps_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        state = AgentState(tmp_path / "a")
+        state.write_metrics("run", {"round": 1})
+        state.close()
+    finally:
+        os.umask(before)
+    modes = {name: stat.S_IMODE((tmp_path / "a" / name).stat().st_mode) for name in (".", "agent-id", "metrics.jsonl")}
+    assert modes == {".": 0o700, "agent-id": 0o600, "metrics.jsonl": 0o600}
