@@ -29,6 +29,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._fetched_tenths = 0
+        self._leaving: set[str] = set()
         if console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
@@ -42,10 +43,15 @@ class Progress:
 
     def policy(self, privacy: PrivacySection, *, is_training: bool) -> None:
         """Say what the device's gate does."""
+        self._leaving = {channel for channel in _CHANNELS if channel != "adapter" or is_training}
         if not privacy.is_on:
             _log.warning("noise is off (noise_multiplier = 0): nothing is guaranteed about what leaves this device")
             return
         _log.info("noise is on; every epsilon is for delta %g and the relation %s", privacy.delta, privacy.relation)
+        if privacy.sample_rate is not None:
+            buys = "lowers epsilon" if privacy.relation == "zero-out" else f"lowers no epsilon under {privacy.relation}"
+            how = "each step draws each example with probability %g, in secret, which %s"
+            _log.info(how, privacy.sample_rate, buys)
         smashed = f"unit {privacy.smashed}, noise multiplier {privacy.noise_multiplier:g}"
         if privacy.smashed == "metric":
             smashed = f"metric privacy, eta {privacy.eta:g}, and no epsilon"
@@ -89,7 +95,11 @@ class Progress:
             _log.info("round %d of %d, step %d of %d: loss %.3f", round, rounds, step + 1, steps, loss)
 
     def round_is_over(self, line: Mapping[str, Any], rounds: int) -> None:
-        """Report a round: loss, traffic, and what it has cost in privacy so far."""
+        """Report a round: loss, traffic, and what it has cost in privacy so far.
+
+        What is charged to a channel is no guarantee by itself: an adapter that learned from a record, which is charged
+        to the adapter, takes part in what the other channels release of other records. What holds is the total.
+        """
         held_out = "" if line["held_out_loss"] is None else f", held out {line['held_out_loss']:.3f}"
         _log.info(
             "round %d of %d is over: loss %.3f%s, %.1f MB up, %.1f MB down, %.1f s",
@@ -103,11 +113,9 @@ class Progress:
         )
         terms = f"delta {line['delta']:g}, unit {line['unit']}, relation {line['relation']}"
         for channel, epsilon in line["epsilon"].items():
-            if epsilon != 0:
-                guarantee = (
-                    "nothing is guaranteed" if epsilon is None else f"epsilon {format_epsilon(epsilon)}, {terms}"
-                )
-                _log.info("privacy of the %s so far: %s", _CHANNELS[channel], guarantee)
+            if epsilon != 0 or channel in self._leaving:
+                cost = "no epsilon" if epsilon is None else f"epsilon {format_epsilon(epsilon)}, {terms}"
+                _log.info("charged to the %s so far: %s", _CHANNELS[channel], cost)
         _log.info("privacy in total: %s", line["total"])
 
     def finish(self, run_id: str) -> None:

@@ -11,7 +11,7 @@ from splitfed.privacy.figures import format_epsilon
 from splitfed.privacy.ledger_file import read_ledger
 from splitfed.privacy.ledger_rows import Row
 from splitfed.privacy.mechanisms import RELATION, UNIT, Unit
-from splitfed.privacy.spending import CHANNELS, Channel, Spending
+from splitfed.privacy.spending import CHANNELS, WORDS, Channel, Spending
 
 _COLUMNS: Final = (
     "run",
@@ -23,7 +23,7 @@ _COLUMNS: Final = (
     "releases",
     "records",
     "one release",
-    "so far",
+    "charged so far",
 )
 
 
@@ -65,7 +65,9 @@ class LedgerReport(BaseModel):
     lines: list[ReportLine]
     releases: dict[Channel, int]
     epsilon: dict[Channel, float | None]
-    """What each channel has cost a sequence of the record that is worst off; None = nothing is guaranteed."""
+    """What is charged to each channel for a sequence of the record that is worst off; None = no epsilon. None of them
+    is a guarantee by itself: what an adapter learned from a record is charged to it alone, and takes part in what the
+    other channels release of other records."""
     epsilon_per_token: dict[Channel, float | None]
     """The same for one of its tokens, of channels whose mechanism protects tokens."""
     eta: dict[Channel, float]
@@ -94,16 +96,16 @@ class LedgerReport(BaseModel):
         return _COLUMNS, rows
 
     def summary(self) -> list[str]:
-        """Say in sentences what the table comes to."""
+        """Say in sentences what the table comes to; the last one alone is a guarantee."""
         at = f"at delta {self.delta:g}, unit {{}}, relation {self.relation}"
         said = []
         for channel, value in self.epsilon.items():
-            name = f"{channel.replace('_', ' ')} releases so far"
+            name = f"charged to the {WORDS[channel].removeprefix('the ')} so far"
             if channel in self.eta:
                 said.append(f"{name}: {self.eta[channel]:.6g} · distance of two embeddings, and no epsilon")
             elif self.releases[channel]:
                 said.append(
-                    f"{name}: nothing is guaranteed"
+                    f"{name}: no epsilon"
                     if value is None
                     else f"{name}: epsilon {format_epsilon(value)} {at.format(self.unit)}"
                 )

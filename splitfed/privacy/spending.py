@@ -18,7 +18,7 @@ Channel = Literal["smashed", "output_gradient", "adapter", "loss"]
 
 CHANNELS: Final[tuple[Channel, ...]] = ("smashed", "output_gradient", "adapter", "loss")
 
-_WORDS: Final[dict[Channel, str]] = {
+WORDS: Final[dict[Channel, str]] = {
     "smashed": "the smashed data",
     "output_gradient": "the output gradient",
     "adapter": "the adapter update",
@@ -172,7 +172,7 @@ class Spending:
     def epsilon(
         self, channel: str | None, delta: float, *, unit: Unit = UNIT, relation: str = RELATION
     ) -> float | None:
-        """Give what the releases of a channel cost the record that is worst off.
+        """Give what is charged to a channel for the record that is worst off; what holds is that of all together.
 
         Args:
             channel: The channel; None = all of them together.
@@ -247,9 +247,9 @@ class Spending:
         without = self.unprotected()
         if without:
             words = [
-                _WORDS[channel]
+                WORDS[channel]
                 if self.eta(channel) is None
-                else f"{_WORDS[channel]} (metric privacy only: {self.eta(channel):.4g} · distance)"
+                else f"{WORDS[channel]} (metric privacy only: {self.eta(channel):.4g} · distance)"
                 for channel in without
             ]
             listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -40,8 +40,8 @@ def privacy_section(record: RunRecord) -> Html:
         heading,
         element(
             "p",
-            "An ε bounds what everything sent through that channel so far says about one unit. It holds for that "
-            "channel alone; what holds for all of them together is the total. A large ε promises little.",
+            "An ε by channel is what was charged to it so far, and no guarantee by itself: adapters carry what they "
+            "learned into the other channels. What holds is the total. A large ε promises little.",
             kind="note",
         ),
         table(head, rows),

@@ -90,24 +90,44 @@ def test_a_held_out_loss_is_told_where_there_is_one(progress: Progress, caplog: 
     assert "loss 3.250, held out 3.500," in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("relation", "buys"), [("zero-out", "lowers epsilon"), ("replace-one", "lowers no epsilon under replace-one")]
+)
+def test_a_secret_sample_is_told_with_what_it_buys(
+    progress: Progress, caplog: pytest.LogCaptureFixture, relation: str, buys: str
+) -> None:
+    progress.policy(SETTLED.model_copy(update={"sample_rate": 0.05, "relation": relation}), is_training=True)
+    assert f"each step draws each example with probability 0.05, in secret, which {buys}" in caplog.messages
+
+
+def test_a_channel_that_costs_next_to_nothing_is_told_all_the_same(
+    progress: Progress, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress.policy(SETTLED, is_training=False)
+    progress.round_is_over({**LINE, "epsilon": dict.fromkeys(LINE["epsilon"], 0.0)}, rounds=5)
+    charged = [message for message in caplog.messages if message.startswith("charged to the ")]
+    rest = f"so far: epsilon 0, delta 1e-05, unit {UNIT}, relation {RELATION}"
+    assert charged == [f"charged to the {name} {rest}" for name in ("smashed data", "output gradients")]
+
+
 def test_an_epsilon_is_told_with_its_channel_delta_unit_and_relation(
     progress: Progress, caplog: pytest.LogCaptureFixture
 ) -> None:
     progress.round_is_over(LINE, rounds=5)
-    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("privacy of the")]
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("charged to the")]
     rest = f"delta 1e-05, unit {UNIT}, relation {RELATION}"
     assert said == [  # rounded up, never down; nothing of what has not left
-        f"privacy of the smashed data so far: epsilon 12.35, {rest}",
-        f"privacy of the output gradients so far: epsilon 0.5, {rest}",
+        f"charged to the smashed data so far: epsilon 12.35, {rest}",
+        f"charged to the output gradients so far: epsilon 0.5, {rest}",
     ]
 
 
-def test_a_channel_without_noise_is_told_to_guarantee_nothing(
+def test_a_channel_without_noise_is_told_to_have_no_epsilon(
     progress: Progress, caplog: pytest.LogCaptureFixture
 ) -> None:
     progress.round_is_over({**LINE, "epsilon": {"smashed": None}}, rounds=5)
-    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("privacy of the")]
-    assert said == ["privacy of the smashed data so far: nothing is guaranteed"]
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("charged to the")]
+    assert said == ["charged to the smashed data so far: no epsilon"]
 
 
 def test_every_round_ends_with_the_guarantee_in_total(progress: Progress, caplog: pytest.LogCaptureFixture) -> None:

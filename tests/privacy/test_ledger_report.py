@@ -75,10 +75,10 @@ def test_the_table_has_a_cell_for_each_heading(ledger_path):
 
 def test_the_summary_states_delta_unit_and_relation(ledger_path):
     summary = report_ledger(ledger_path, delta=DELTA).summary()
-    assert summary[0].startswith("smashed releases so far: epsilon ")
+    assert summary[0].startswith("charged to the smashed data so far: epsilon ")
     assert summary[0].endswith("at delta 1e-05, unit sequence, relation replace-one")
     assert summary[2:] == [
-        "adapter releases so far: nothing is guaranteed",
+        "charged to the adapter update so far: no epsilon",
         "in total: none: the adapter update is not protected",
     ]
 
@@ -115,11 +115,11 @@ def test_units_metric_privacy_and_secret_samples_are_told_apart(tmp_path):
     assert report.releases == {"smashed": 2, "output_gradient": 1, "adapter": 1, "loss": 0}
     assert report.epsilon_total is None
     assert report.summary() == [
-        f"smashed releases so far: epsilon {format_epsilon(report.epsilon['smashed'])} at delta 1e-05, unit sequence, "
-        "relation zero-out",
-        "output gradient releases so far: 1.5 · distance of two embeddings, and no epsilon",
-        f"adapter releases so far: epsilon {format_epsilon(report.epsilon['adapter'])} at delta 1e-05, unit sequence, "
-        "relation zero-out",
+        f"charged to the smashed data so far: epsilon {format_epsilon(report.epsilon['smashed'])} at delta 1e-05, "
+        "unit sequence, relation zero-out",
+        "charged to the output gradient so far: 1.5 · distance of two embeddings, and no epsilon",
+        f"charged to the adapter update so far: epsilon {format_epsilon(report.epsilon['adapter'])} at delta 1e-05, "
+        "unit sequence, relation zero-out",
         "in total: none: the output gradient (metric privacy only: 1.5 · distance) is not protected",
     ]
 
