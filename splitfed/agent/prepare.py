@@ -138,6 +138,7 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
         run.training,
         train.sequence_records,
         held_out.sequence_records,
+        most_of_a_row=train.most_of_a_row,
         bottom_trains=bool(adapter_parameters(bottom)),
         top_trains=bool(adapter_parameters(top)),
         client=config.agent.name,

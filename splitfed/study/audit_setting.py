@@ -142,7 +142,11 @@ def open_setting(config: ServerConfig, *, public: DataSection, private: DataSect
     chosen = draw.sample(range(len(private_set)), min(examples, len(private_set)))
     to_attack = [private_set[at] for at in chosen]
     workload = Workload(
-        config.training, private_set.sequence_records, bottom_trains=bottom_trains, top_trains=top_trains
+        config.training,
+        private_set.sequence_records,
+        most_of_a_row=private_set.most_of_a_row,
+        bottom_trains=bottom_trains,
+        top_trains=top_trains,
     )
     return AuditSetting(
         config=config,

@@ -50,12 +50,14 @@ class ExampleSet(Sequence[Example]):
         rows: Rows that were read.
         dropped_rows: Rows left out because no token carries loss, such as an empty completion.
         shortened_rows: Rows of which a part was cut off to fit the run's T.
+        most_of_a_row: Most sequences that one row was cut into.
     """
 
     def __init__(self) -> None:
         self.rows = 0
         self.dropped_rows = 0
         self.shortened_rows = 0
+        self.most_of_a_row = 0
         self._input_ids = array("i")
         self._labels = array("i")
         self._ends = array("q", [0])
@@ -66,6 +68,7 @@ class ExampleSet(Sequence[Example]):
         self.rows += 1
         self.dropped_rows += not sequences
         self.shortened_rows += any(sequence.tokens_left_out for sequence in sequences)
+        self.most_of_a_row = max(self.most_of_a_row, len(sequences))
         for sequence in sequences:
             self._input_ids.extend(sequence.input_ids)
             self._labels.extend(sequence.labels)

@@ -45,6 +45,7 @@ class Workload:
         training: Rounds, steps, batch size and length.
         train: The record of each example to train on, at least one.
         held_out: The record of each held-out example; all are evaluated once a round.
+        most_of_a_row: Most sequences that one row to train on was cut into; a record of more stands in several rows.
         bottom_trains: The bottom has an adapter.
         top_trains: The top has an adapter.
         client: Name of the client, for its order of examples.
@@ -54,6 +55,7 @@ class Workload:
     training: TrainingSection
     train: Sequence[str]
     held_out: Sequence[str] = ()
+    most_of_a_row: int = 1
     bottom_trains: bool = True
     top_trains: bool = True
     client: str = ""
@@ -224,10 +226,15 @@ def _sampling(privacy: PrivacySection, workload: Workload | None) -> StepSamplin
     if privacy.sample_rate is None:
         return None
     assert workload is not None
+    if workload.most_of_a_row > 1:
+        raise ConfigError(
+            f"[privacy] sample_rate needs records of one sequence each, but one is cut into {workload.most_of_a_row}; "
+            "raise training.max_tokens, shorten the records, or leave sample_rate out"
+        )
     if workload.most_sequences > 1:
         raise ConfigError(
-            f"[privacy] sample_rate needs records of one sequence each, but one is cut into {workload.most_sequences}; "
-            "raise training.max_tokens, shorten the records, or leave sample_rate out"
+            f"[privacy] sample_rate needs each record once, but one stands in {workload.most_sequences} rows of the "
+            "data; remove duplicate rows, or leave sample_rate out"
         )
     capacity, examples = workload.training.batch_size, len(workload.train)
     overflow = poisson_overflow(examples, privacy.sample_rate, capacity, 1)

@@ -42,6 +42,15 @@ def test_the_sequences_of_a_row_share_its_record_and_rows_differ(
     assert len(held_out) == 0
 
 
+def test_a_row_that_is_cut_is_told_from_a_row_that_stands_there_twice(
+    write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    cut, _ = load(write("a.jsonl", lines("w1 w2 w3 w4 w5 w6", "w7")), tokenizer, max_tokens=4)
+    twice, _ = load(write("b.jsonl", lines("w1", "w7", "w1")), tokenizer, max_tokens=4)
+    assert (cut.most_of_a_row, twice.most_of_a_row) == (2, 1)
+    assert len(twice) - len(twice.records) == 1
+
+
 def test_a_record_is_the_salted_hash_of_the_columns_that_are_learned(
     write: Write, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -310,11 +310,19 @@ def test_a_batch_that_a_secret_sample_outgrows_too_often_is_refused(ledger: Ledg
         settle_noise(section.model_copy(update={"epsilon": 3.0}), workload)
 
 
-def test_a_record_of_several_sequences_is_not_sampled_in_secret() -> None:
+@pytest.mark.parametrize(
+    ("most_of_a_row", "said"),
+    [
+        (2, r"needs records of one sequence each, but one is cut into 2; raise training\.max_tokens"),
+        (1, "needs each record once, but one stands in 2 rows of the data; remove duplicate rows, or leave sample_rate"),
+    ],
+)
+def test_a_record_of_several_sequences_is_not_sampled_in_secret(most_of_a_row: int, said: str) -> None:
     """Drawn one by one they would take several places, and the argument is for one."""
-    section = PrivacySection(relation="zero-out", sample_rate=1e-4, epsilon=3.0)
-    with pytest.raises(ConfigError, match="one is cut into 3; raise"):
-        settle_noise(section, Workload(TRAINING, ["a", "b", "b", "b"]))
+    workload = Workload(TRAINING, train=["a", "a", "b"], most_of_a_row=most_of_a_row)
+    policy = PrivacySection(epsilon=8.0, relation="zero-out", sample_rate=0.1)
+    with pytest.raises(ConfigError, match=said):
+        settle_noise(policy, workload)
 
 
 def test_sequences_of_one_record_in_one_step_cost_the_square_of_their_number(ledger: Ledger) -> None:
