@@ -111,7 +111,7 @@ def test_what_does_not_go_together_with_the_run_is_refused(
         ("[trainig]\nrounds = 3", "unknown key trainig; did you mean training?"),
         ("[tls]\ncertficate = 'a'", "unknown key tls.certficate; did you mean tls.certificate?"),
         ("[codecs]\nzzz = 3", "unknown key codecs.zzz; [codecs] has smashed, trunk_output, output_gradient, "),
-        ("[zzz]\n", "unknown key zzz; the file has run, model, lora, training, federation, codecs, aggregation, privacy, server, "),
+        ("[zzz]\n", "unknown key zzz; the file has run, model, lora, training, federation, codecs, aggregation, "),
         ("[training]\nrounds = '3'", "training.rounds must be an integer, but is the string '3'"),
         ("[training]\nrounds = 3.5", "training.rounds must be an integer, but is the number 3.5"),
         ("[training]\nrounds = true", "training.rounds must be an integer, but is the boolean true"),

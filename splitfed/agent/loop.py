@@ -12,6 +12,7 @@ from torch import Tensor
 
 from splitfed.agent.leaving import leave
 from splitfed.agent.local_round import LocalRound, check_budget_of_round, evaluate_locally, train_locally
+from splitfed.agent.own_run import own_run
 from splitfed.agent.policy import agree
 from splitfed.agent.prepare import Prepared, prepare
 from splitfed.agent.progress import Progress
@@ -32,6 +33,9 @@ from splitfed.transport.link import GrpcLink, MeanGradient
 _log = logging.getLogger(__name__)
 
 R = TypeVar("R")
+
+_PERSONAL = "personal/"
+"""What the names of tensors that stay on this device begin with, beside the optimiser's state."""
 
 
 class Agent:
@@ -109,9 +113,9 @@ class Agent:
 
     def _take_part(self) -> None:
         with closing(self._connect()) as calls:
-            run = calls.describe()
+            run = own_run(self._config.agent, calls.describe())
             prepared = self._prepare(run, calls)
-            agents, joined = calls.join(prepared.run_id, prepared.config_sha256, prepared.tensors, prepared.weight)
+            agents, joined = calls.join(prepared)
             self._joined = prepared.run_id
             self._backoff.progress()
             _log.info("joined the run %s (%d of %d here)", prepared.run_id, joined, agents)
@@ -156,7 +160,9 @@ class Agent:
                 ),
             )
             held_out_loss = evaluate_locally(link, prepared, round=round)
-        self._state.keep_optimiser(prepared.run_key, round, trainer.optimiser.state(), start=opened.last_counted)
+        after = trainer.adapter_state()
+        kept = trainer.optimiser.state() | {f"{_PERSONAL}{name}": after[name] for name in prepared.personal}
+        self._state.keep_optimiser(prepared.run_key, round, kept, start=opened.last_counted)
         self._submit(calls, prepared, round, start, local, held_out_loss, adapter_traffic)
         privacy = prepared.privacy
         line = {
@@ -187,11 +193,13 @@ class Agent:
         trainer = prepared.trainer
         codec, shapes = get_codec(prepared.run.codecs.adapter), prepared.shapes
         start = self._persistently(lambda: calls.fetch_adapter(prepared.run_id, opened.round, shapes, codec, traffic))
-        ends = prepared.begin_round(opened.round, start)
         state = self._state.optimiser_after(prepared.run_key, opened.last_counted)
         if state is None:
             _log.warning("the optimiser's state after round %d is not here; it starts afresh", opened.last_counted)
-        trainer.optimiser.load(state or {})
+        state = state or {}
+        kept = {name.removeprefix(_PERSONAL): state[name] for name in state if name.startswith(_PERSONAL)}
+        ends = prepared.begin_round(opened.round, start, kept)
+        trainer.optimiser.load({name: moment for name, moment in state.items() if not name.startswith(_PERSONAL)})
         return ends
 
     def _open_link(self, calls: ServerCalls, prepared: Prepared, round: int, traffic: Traffic) -> GrpcLink:
@@ -270,5 +278,5 @@ class Agent:
             return resolve_base(self._config.agent.base, run.model.revision)
         with translated():
             return fetch_segments(
-                calls.joining, run.run.name, self._state.base_cache, on_progress=self._progress.fetched
+                calls.joining, run.run.name, run.model, self._state.base_cache, on_progress=self._progress.fetched
             )

@@ -49,6 +49,7 @@ class Prepared:
         tensors: Identity of each tensor of the agent's segments.
         privacy: What holds on this device, settled.
         weight: The agent's weight in every mean: with noise on a configured count, because the true one says something.
+        personal: Names of its adapter's tensors that it keeps to itself.
     """
 
     run: RunConfig
@@ -61,6 +62,7 @@ class Prepared:
     tensors: dict[str, TensorIdentity]
     privacy: PrivacySection
     weight: int
+    personal: frozenset[str] = frozenset()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -70,12 +72,15 @@ class Prepared:
             named |= {f"{RESIDUAL}{name}": tensor.shape for name, tensor in residual_parameters(segment).items()}
         return {name: tuple(shape) for name, shape in named.items()}
 
-    def begin_round(self, round: int, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put bottom and top at a round's start; gives the adapters that it starts from.
+    def begin_round(
+        self, round: int, start: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Put bottom and top at a round's start; gives the adapters that came from the server.
 
         Args:
             round: The round, from 1.
             start: What came from the server.
+            kept: What this agent kept to itself at its last round's end; None: nothing yet.
         """
         factors = trained_factors(self.run.rule.lora or "factors", round)
         residual = {name.removeprefix(RESIDUAL): tensor for name, tensor in start.items() if name.startswith(RESIDUAL)}
@@ -84,7 +89,7 @@ class Prepared:
             if residual:
                 load_residual(segment, residual)
         ends = {name: tensor for name, tensor in start.items() if not name.startswith(RESIDUAL)}
-        self.trainer.begin_round(ends)
+        self.trainer.begin_round({**ends, **(kept or {})})
         return ends
 
     def update(self, start: Mapping[str, Tensor], round: int) -> dict[str, Tensor]:
@@ -95,7 +100,11 @@ class Prepared:
             round: The round, from 1.
         """
         factors = trained_factors(self.run.rule.lora or "factors", round)
-        after = {name: tensor for name, tensor in self.trainer.adapter_state().items() if factor_of(name) in factors}
+        after = {
+            name: tensor
+            for name, tensor in self.trainer.adapter_state().items()
+            if factor_of(name) in factors and name not in self.personal
+        }
         before = {name: start[name] for name in after}
         return self.trainer.releases.adapter_update(before, after, round=round)
 
@@ -172,4 +181,10 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
         tensors=tensor_hashes(folder, names["bottom"] | names["top"]),
         privacy=privacy,
         weight=weight,
+        personal=frozenset(
+            name
+            for segment in (bottom, top)
+            if segment.kind in config.agent.personal
+            for name in adapter_parameters(segment)
+        ),
     )

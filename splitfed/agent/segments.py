@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from splitfed.config import ModelSection
 from splitfed.errors import WeightsError
 from splitfed.proto.v1 import joining_pb2
 from splitfed.proto.v1.joining_pb2_grpc import JoiningStub
@@ -22,13 +23,19 @@ _MEGABYTE = 1e6
 
 
 def fetch_segments(
-    stub: JoiningStub, run_id: str, cache: Path, *, on_progress: Callable[[int, int], None] | None = None
+    stub: JoiningStub,
+    run_id: str,
+    cut: ModelSection,
+    cache: Path,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Fetch configuration, tokenizer and the tensors of bottom and top; what is there already is not fetched again.
 
     Args:
         stub: The joining service.
         run_id: The run.
+        cut: Blocks of bottom and top.
         cache: Folder for what was fetched, one subfolder per content.
         on_progress: Called with bytes done and bytes in all.
 
@@ -39,7 +46,9 @@ def fetch_segments(
         WeightsError: If the server lists what cannot be a checkpoint, or more than the disk holds, or what came has
             another hash.
     """
-    listing = stub.ListSegments(joining_pb2.ListSegmentsRequest(run_id=run_id))
+    listing = stub.ListSegments(
+        joining_pb2.ListSegmentsRequest(run_id=run_id, bottom_blocks=cut.bottom_blocks, top_blocks=cut.top_blocks)
+    )
     _check(listing)
     folder = cache / hashlib.sha256(listing.SerializeToString(deterministic=True)).hexdigest()[:32]
     if (folder / _INDEX).is_file():

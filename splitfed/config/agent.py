@@ -32,6 +32,14 @@ class AgentSection(Section):
     """Folder or hub id of the base model; left out = download the agent's segments from the server."""
     threads: Threads = None
     """CPU threads for arithmetic; left out = the library's choice."""
+    bottom_blocks: Annotated[int, Field(ge=0)] | None = None
+    """Transformer blocks that this agent holds after the embeddings; left out = as the run says."""
+    top_blocks: Annotated[int, Field(ge=0)] | None = None
+    """Transformer blocks that this agent holds before the head; left out = as the run says."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank of this agent's own adapter; left out = as the run says."""
+    personal: list[Literal["bottom", "top"]] = Field(default_factory=list)
+    """Segments whose adapter stays on this agent and is never merged with those of others."""
     share_loss: bool = False
     """Whether the server is told the loss, which says something about the data."""
     retry_for_s: Annotated[float, Field(ge=0)] = 60

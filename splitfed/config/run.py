@@ -29,10 +29,30 @@ class ModelSection(Section):
     """Transformer blocks that the agent holds after the embeddings."""
     top_blocks: Annotated[int, Field(ge=0)] = 1
     """Transformer blocks that the agent holds before the head."""
+    least_bottom_blocks: Annotated[int, Field(ge=0)] | None = None
+    """Fewest blocks that an agent with a split point of its own may hold there; left out = bottom_blocks."""
+    least_top_blocks: Annotated[int, Field(ge=0)] | None = None
+    """The same before the head; left out = top_blocks."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights and of the arithmetic."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+
+    @field_validator("least_bottom_blocks", "least_top_blocks")
+    @classmethod
+    def _is_at_most_the_runs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        name = str(info.field_name).removeprefix("least_")
+        blocks = info.data.get(name)
+        if value is not None and blocks is not None and value > blocks:
+            raise ValueError(f"is {value}, more than {name} = {blocks}; lower it, or leave it out")
+        return value
+
+    @property
+    def widest(self) -> "ModelSection":
+        """The section whose trunk has the blocks of every agent's."""
+        bottom = self.bottom_blocks if self.least_bottom_blocks is None else self.least_bottom_blocks
+        top = self.top_blocks if self.least_top_blocks is None else self.least_top_blocks
+        return self.model_copy(update={"bottom_blocks": bottom, "top_blocks": top})
 
 
 class LoraSection(Section):
@@ -40,12 +60,22 @@ class LoraSection(Section):
 
     rank: Annotated[int, Field(ge=1)] = 8
     """Rank of every LoRA factor."""
+    least_rank: Annotated[int, Field(ge=1)] | None = None
+    """Smallest rank that an agent may choose for its own adapter, in place of rank; left out = all have rank."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability with which an input of the adapter is dropped in training."""
     targets: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the adapted layers; left out = all linear layers of the blocks."""
+
+    @field_validator("least_rank")
+    @classmethod
+    def _is_at_most_rank(cls, value: int | None, info: ValidationInfo) -> int | None:
+        rank = info.data.get("rank")
+        if value is not None and rank is not None and value > rank:
+            raise ValueError(f"is {value}, more than rank = {rank}; lower it, or leave it out")
+        return value
 
 
 class TrainingSection(Section):
@@ -176,22 +206,31 @@ class CodecSection(Section):
     """Adapters of bottom and top, both ways, once a round."""
 
 
-def decided_rule(aggregation: AggregationSection, privacy: PrivacySection) -> AggregationSection:
+def decided_rule(lora: LoraSection, aggregation: AggregationSection, privacy: PrivacySection) -> AggregationSection:
     """Settle what is averaged, where the run leaves it open.
 
     Args:
+        lora: The run's section.
         aggregation: The run's section.
         privacy: What the run asks of its agents.
     """
-    return aggregation.decided(has_unlike_ranks=False, is_noised=privacy.is_on and privacy.adapter != "none")
+    return aggregation.decided(
+        has_unlike_ranks=lora.least_rank is not None, is_noised=privacy.is_on and privacy.adapter != "none"
+    )
 
 
 def refuse_contradictions(
-    federation: FederationSection, aggregation: AggregationSection, privacy: PrivacySection
+    model: ModelSection,
+    lora: LoraSection,
+    federation: FederationSection,
+    aggregation: AggregationSection,
+    privacy: PrivacySection,
 ) -> None:
     """Refuse settings of which each is sound and the whole is not.
 
     Args:
+        model: The run's section.
+        lora: The run's section.
         federation: The run's section.
         aggregation: The run's section.
         privacy: What the run asks of its agents.
@@ -199,6 +238,18 @@ def refuse_contradictions(
     Raises:
         ValueError: If no round could be over, or an update could never be counted, or would leave unprotected.
     """
+    rule = decided_rule(lora, aggregation, privacy)
+    has_unlike_devices = lora.least_rank is not None or model.widest != model
+    if federation.merge_ends == "step" and has_unlike_devices:
+        raise ValueError(
+            'federation.merge_ends = "step" needs agents that hold the same; leave out [model] least_bottom_blocks and '
+            'least_top_blocks and [lora] least_rank, or set merge_ends = "round"'
+        )
+    if privacy.denoise and model.widest != model:
+        raise ValueError(
+            "privacy.denoise takes noise away at one split point; leave out [model] least_bottom_blocks and "
+            "least_top_blocks, or denoise"
+        )
     if federation.quorum < aggregation.least_updates:
         raise ValueError(
             f"federation.quorum is {federation.quorum}, but byzantine = {aggregation.byzantine} needs "
@@ -210,7 +261,7 @@ def refuse_contradictions(
                 f'federation.late_updates = "merge" needs variant = "sflv1", not "{federation.variant}": only with a '
                 'trunk adapter of its own can an agent go on once its round is over; set "drop"'
             )
-        if decided_rule(aggregation, privacy).lora == "alternating":
+        if rule.lora == "alternating":
             raise ValueError(
                 'federation.late_updates = "merge" does not go with aggregation.lora = "alternating": the next round '
                 'trains the other factor; set "drop"'
@@ -242,4 +293,4 @@ class RunConfig(Section):
     @property
     def rule(self) -> AggregationSection:
         """What becomes of a round's updates, with nothing left open."""
-        return decided_rule(self.aggregation, self.privacy)
+        return decided_rule(self.lora, self.aggregation, self.privacy)

@@ -15,6 +15,7 @@ from splitfed.config.run import (
     RunConfig,
     RunIdentity,
     TrainingSection,
+    decided_rule,
     refuse_contradictions,
 )
 from splitfed.config.section import ListeningAddress, LocalPath, Section, Threads, TlsSection
@@ -63,7 +64,7 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _is_one_plan(self) -> Self:
-        refuse_contradictions(self.federation, self.aggregation, self.privacy)
+        refuse_contradictions(self.model, self.lora, self.federation, self.aggregation, self.privacy)
         return self
 
     @property
@@ -81,9 +82,16 @@ class ServerConfig(Section):
             training=self.training,
             federation=self.federation,
             codecs=self.codecs,
-            aggregation=self.aggregation,
+            aggregation=self._aggregation(),
             privacy=self.privacy,
         )
+
+    def _aggregation(self) -> AggregationSection:
+        """Give the section with nothing left to the rank of the run: agents may have others."""
+        rule = decided_rule(self.lora, self.aggregation, self.privacy)
+        if rule.lora != "flora" or rule.flora_rank is not None:
+            return self.aggregation
+        return self.aggregation.model_copy(update={"flora_rank": self.lora.rank})
 
     def shared_json(self) -> str:
         """Give ``shared()`` as JSON, which ``RunConfig.model_validate_json`` reads back on the agent."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from splitfed.errors import FingerprintMismatch, ProtocolError
-from splitfed.models import Checkpoint, TensorIdentity, canonical_config, segment_tensor_names
+from splitfed.models import Checkpoint, TensorIdentity, canonical_config, load_config, segment_tensor_names
 from splitfed.transport.tensors import CHUNK_BYTES
 
 _FILES = (
@@ -32,21 +32,26 @@ class BaseFolder:
 
     Attributes:
         folder: Configuration, tokenizer and safetensors.
-        bottom_blocks: Blocks in the bottom.
-        top_blocks: Blocks in the top.
+        n_blocks: Blocks of the model.
     """
 
     folder: Path
-    bottom_blocks: int
-    top_blocks: int
     _identities: dict[str, TensorIdentity] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        names = segment_tensor_names(self.folder, bottom_blocks=self.bottom_blocks, top_blocks=self.top_blocks)
+        self.n_blocks = int(load_config(self.folder).get_text_config().num_hidden_layers)
+        self._listed: set[str] = set()
         self._checkpoint = Checkpoint(self.folder)
         self.config_sha256 = canonical_config(self.folder)
-        self.agent_tensors = sorted(names["bottom"] | names["top"])
+
+    def list_tensors(self, bottom_blocks: int, top_blocks: int) -> list[str]:
+        """Name the tensors of bottom and top at a split point; from now on agents may fetch them."""
+        names = segment_tensor_names(self.folder, bottom_blocks=bottom_blocks, top_blocks=top_blocks)
+        found = names["bottom"] | names["top"]
+        with self._lock:
+            self._listed |= found
+        return sorted(found)
 
     def identity(self, name: str) -> TensorIdentity:
         """Give a tensor's identity; each is hashed once."""
@@ -101,8 +106,8 @@ class BaseFolder:
         Raises:
             ProtocolError: If it is not a tensor of the agent's segments.
         """
-        if name not in self.agent_tensors:
-            raise ProtocolError(f"{name[:200]!r} is not a tensor of this run's bottom or top.")
+        if name not in self._listed:
+            raise ProtocolError(f"{name[:200]!r} is not a tensor of a bottom or top that was listed.")
         content = self._checkpoint.read(name).contiguous().flatten().view(torch.uint8).numpy().data
         for at in range(0, len(content), CHUNK_BYTES):
             yield bytes(content[at : at + CHUNK_BYTES])

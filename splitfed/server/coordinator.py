@@ -16,10 +16,11 @@ from torch import Tensor
 
 from splitfed.config import ServerConfig
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
-from splitfed.federation import Phase, RoundPolicy, Rounds, Update, make_aggregator, merged, trained_factors
+from splitfed.federation import Phase, RoundPolicy, Rounds, Update, at_rank, make_aggregator, merged, trained_factors
 from splitfed.federation.variants import variant_of
 from splitfed.models.factors import factor_of
 from splitfed.server.contribution import Contribution, happenings, metrics_line
+from splitfed.server.devices import Device, Devices, shapes_of
 from splitfed.server.engine import Engine
 from splitfed.server.member_session import MemberSession
 from splitfed.server.sessions import Limits, TrainSession, new_token
@@ -55,6 +56,10 @@ class Coordinator:
         clock: Monotonic seconds.
         fit_denoiser: Fits what the trunk takes noise away with to the adapters that a round starts from; None = the
             trunk takes what comes.
+        devices: What agents may hold; None: what the run says, all the same.
+
+    Attributes:
+        devices: What each agent holds.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Coordinator:
         hidden_size: int,
         clock: Callable[[], float] = time.monotonic,
         fit_denoiser: FitDenoiser | None = None,
+        devices: Devices | None = None,
     ) -> None:
         self._fit_denoiser = fit_denoiser
         self.config = config
@@ -80,6 +86,7 @@ class Coordinator:
             population=config.federation.population,
             policy=round_policy(config),
         )
+        self.devices = devices or Devices(config.shared(), shapes_of(state.ends), {})
         self._state = state
         self._engine = engine
         self._store = store
@@ -113,21 +120,18 @@ class Coordinator:
         )
         self._codecs = link_codecs(config.codecs)
 
-    @property
-    def ends(self) -> Mapping[str, Tensor]:
-        """Adapters of bottom and top that the open round starts from."""
-        return self._state.ends
+    def start_of_round(self, client: str) -> dict[str, Tensor]:
+        """Give what an agent starts the open round from: its adapters, and what the rule keeps frozen under them."""
+        device, residual = self.devices[client], self._aggregator.residual()
+        whole = {**self._state.trunk, **self._state.ends}
+        own = {name: whole[name] for name in device.own}
+        frozen = {f"{RESIDUAL}{name}": residual[name] for name in own if residual}
+        return {**(own if device.rank == self.config.lora.rank else at_rank(own, device.rank)), **frozen}
 
-    @property
-    def start_of_round(self) -> dict[str, Tensor]:
-        """What agents start the open round from: their adapters, and what the rule keeps frozen under them."""
-        residual = self._aggregator.residual()
-        return {**self.ends, **{f"{RESIDUAL}{name}": residual[name] for name in self.ends if residual}}
-
-    def update_shapes(self, round: int) -> dict[str, tuple[int, ...]]:
-        """Say what an update of a round holds: the shape of each tensor that was trained in it."""
+    def update_shapes(self, client: str, round: int) -> dict[str, tuple[int, ...]]:
+        """Say what an agent's update of a round holds: the shape of each tensor that was trained in it."""
         factors = trained_factors(self._rule.lora or "factors", round)
-        return {name: tuple(tensor.shape) for name, tensor in self.ends.items() if factor_of(name) in factors}
+        return {name: shape for name, shape in self.devices[client].shared.items() if factor_of(name) in factors}
 
     @property
     def has_ended(self) -> bool:
@@ -135,13 +139,16 @@ class Coordinator:
         asks = {client for client in self.rounds.members if not self.rounds.has_left_for_good(client)}
         return self.rounds.phase is Phase.FINISHED and self._told_end >= asks
 
-    async def join(self, client: str, agent_id: bytes, weight: int, *, is_proven: bool = False) -> None:
+    async def join(
+        self, client: str, agent_id: bytes, weight: int, *, device: Device | None = None, is_proven: bool = False
+    ) -> None:
         """Take an agent into the run.
 
         Args:
             client: Its name.
             agent_id: Its own id.
             weight: Its weight in every mean.
+            device: What it holds; None: what the run says.
             is_proven: The name is its certificate's: a device that lost its id is then known all the same.
 
         Raises:
@@ -167,6 +174,7 @@ class Coordinator:
                 "with --resume."
             )
         self._agent_ids[client] = agent_id.hex()
+        self.devices.put(client, device or self.devices.device())
         was_open = self.rounds.phase is Phase.OPEN
         self.rounds.join(client, weight, self._clock())
         _log.info("%s joined (%d of %d here)", client, self.rounds.joined, self.rounds.agents)
@@ -380,7 +388,7 @@ class Coordinator:
         trunk_round, token = self._trunk_round, new_token()
         slot = trunk_round.slot(client, token)
         try:
-            calls = await trunk_round.open(client, slot, self.rounds.working)
+            calls = await trunk_round.open(client, slot, self.rounds.working, blocks=self.devices[client].blocks)
         except RoundLost:
             await self._take_out(client)
             raise
@@ -485,6 +493,7 @@ class Coordinator:
             clock=self._clock,
         )
         self._begun += 1
+        self._held: dict[str, Mapping[str, Tensor]] = {}
         self._aggregator.begin(base, number)
         self._contributions = {}
         self._sessions = {c: session for c, session in self._sessions.items() if self.rounds.lateness(c) is not None}
@@ -508,11 +517,7 @@ class Coordinator:
             if not self.rounds.expects(client, round):
                 raise self._over(client, round)
             own_base = self._late_bases[client] if round < self.rounds.current else None
-            try:
-                if {**trunk, **ends}:
-                    self._aggregator.add(client, Update({**trunk, **ends}, self.rounds.weight(client), own_base))
-            except ValueError as error:
-                raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
+            self._hold_or_add(client, trunk, ends, own_base)
             self.rounds.submit(client, round, self._clock())
             self._counted[client] = round
             counted = self._contributions.setdefault(client, Contribution())
@@ -535,8 +540,8 @@ class Coordinator:
             return
         self.rounds.close()
         self._trunk_round.abort()
-        adapter, notes = await self._off_loop(self._aggregated)
-        adapter |= await self._trunk_round.result()
+        shared = await self._trunk_round.result()
+        adapter, notes = await self._off_loop(lambda: self._aggregated(shared))
         state = RunState(
             round=self.rounds.current,
             trunk={name: adapter[name] for name in self._state.trunk},
@@ -570,12 +575,47 @@ class Coordinator:
         if happened:
             _log.info("round %d: %s", state.round, json.dumps(happened))
 
-    def _aggregated(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Give what the round's updates come to; what no client trains itself is as it was."""
-        if not self._state.ends and not self._variant.averages_trunk:
-            return dict(self._state.trunk), {}
+    def _hold_or_add(
+        self,
+        client: str,
+        trunk: Mapping[str, Tensor],
+        ends: Mapping[str, Tensor],
+        own_base: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Count a client's update, or keep it until it is known what the shared trunk has trained on its behalf."""
+        if self._variant.shares_adapter:
+            self._held[client] = ends
+            return
+        of_trunk = {
+            name: trunk[name] for name in trunk if self._variant.averages_trunk or name in self.devices.contested
+        }
+        try:
+            if of_trunk or ends:
+                update = Update({**of_trunk, **ends}, self.rounds.weight(client), own_base)
+                self._aggregator.add(client, update)
+        except ValueError as error:
+            raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
+
+    def _aggregated(self, shared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Give what the round's updates come to.
+
+        Args:
+            shared: The trunk adapter that the round leaves, where it is no mean of copies.
+        """
+        for client, ends in sorted(self._held.items()):
+            own = self.devices[client].own
+            of_trunk = {name: shared[name] for name in self.devices.contested & shared.keys() if name not in own}
+            try:
+                if of_trunk or ends:
+                    self._aggregator.add(client, Update({**of_trunk, **ends}, self.rounds.weight(client)))
+            except ValueError as error:
+                _log.warning("the update of %s is left out: %s", client, error)
+        kept = {name: tensor for name, tensor in shared.items() if name not in self.devices.contested}
+        if not self.devices.contested and not self._variant.averages_trunk:
+            return {**self._state.ends, **kept}, {}
         aggregate = self._aggregator.result()
-        return dict(aggregate.adapter), {name: figure for name, figure in aggregate.notes.items() if figure}
+        notes = {name: figure for name, figure in aggregate.notes.items() if figure}
+        return {**aggregate.adapter, **kept}, notes
 
     async def _off_loop(self, work: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)

@@ -19,6 +19,7 @@ from splitfed.proto.v1 import federation_pb2_grpc, joining_pb2_grpc, training_pb
 from splitfed.server.base import BaseFolder
 from splitfed.server.boundary import ErrorBoundary
 from splitfed.server.coordinator import Coordinator
+from splitfed.server.devices import Devices
 from splitfed.server.engine import LocalEngine
 from splitfed.server.metrics import exposed
 from splitfed.server.services import FederationService, Identity, JoiningService, TrainingService
@@ -46,6 +47,7 @@ class Daemon:
         store: Where rounds are written.
         base: The base model, as agents ask about it.
         fit_denoiser: Fits what the trunk takes noise away with; None = the trunk takes what comes.
+        devices: What agents may hold; None: what the run says, all the same.
 
     Attributes:
         coordinator: Owner of the run's state.
@@ -60,6 +62,7 @@ class Daemon:
         base: BaseFolder,
         *,
         fit_denoiser: FitDenoiser | None = None,
+        devices: Devices | None = None,
     ) -> None:
         self._config = config
         self._store = store
@@ -76,6 +79,7 @@ class Daemon:
             worker=self._worker,
             hidden_size=trainer.hidden_size,
             fit_denoiser=fit_denoiser,
+            devices=devices,
         )
         self._blocks = trainer.blocks
 

@@ -36,6 +36,7 @@ class Engine(Protocol):
         shared: str | None = None,
         joint: bool = False,
         trained: frozenset[str] | None = None,
+        blocks: range | None = None,
     ) -> None:
         """Fill a slot with a client at the start of a round; with a shared adapter, the given one is left aside."""
 
@@ -94,11 +95,20 @@ class LocalEngine:
         shared: str | None = None,
         joint: bool = False,
         trained: frozenset[str] | None = None,
+        blocks: range | None = None,
     ) -> None:
         """Fill a slot with a client at the start of a round."""
         await self._do(
             lambda trainer: trainer.open_round(
-                slot, round, adapter, optimiser, client=client, shared=shared, joint=joint, trained=trained
+                slot,
+                round,
+                adapter,
+                optimiser,
+                client=client,
+                shared=shared,
+                joint=joint,
+                trained=trained,
+                blocks=blocks,
             )
         )
 

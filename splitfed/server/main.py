@@ -8,9 +8,18 @@ from pathlib import Path
 
 from splitfed.config import ServerConfig, refuse_plain_text
 from splitfed.errors import ConfigError
-from splitfed.models import Partition, Trunk, adapter_state, load_config, resolve_base
+from splitfed.models import (
+    Partition,
+    Trunk,
+    adapter_parameters,
+    adapter_state,
+    load_config,
+    resolve_base,
+    trunk_slice,
+)
 from splitfed.server.base import BaseFolder
 from splitfed.server.daemon import Daemon
+from splitfed.server.devices import Devices, shapes_of
 from splitfed.server.store import RunState, RunStore
 from splitfed.training.denoising import FitDenoiser, entrance_of_run
 from splitfed.training.runtime import prepare_process
@@ -67,7 +76,7 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
     """
     folder = resolve_base(config.model.base, config.model.revision)
     _check_positions(folder, config.training.max_tokens)
-    base = BaseFolder(folder, config.model.bottom_blocks, config.model.top_blocks)
+    base = BaseFolder(folder)
     store = RunStore(config.run.directory, _identity(config, base), resume=resume, overwrite=overwrite)
     with ExitStack() as opened:
         opened.callback(store.close)
@@ -77,7 +86,7 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
             _log.info("the run %s is over; its adapter is in %s", config.run_id, store.final_adapter)
             return None
         residual_rank = config.shared().residual_rank
-        trunk = open_trunk(folder, config.model, config.lora, seed=config.run.seed, residual_rank=residual_rank)
+        trunk = open_trunk(folder, config.model.widest, config.lora, seed=config.run.seed, residual_rank=residual_rank)
         if state is None:
             adapter = adapter_state(trunk)
             state = RunState(0, adapter, start_of_run(folder, config.lora, adapter, seed=config.run.seed))
@@ -86,7 +95,13 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
         trainer = TrunkTrainer(trunk, config.training, seed=config.run.seed)
         fit_denoiser = _entrance(folder, config, trunk) if config.privacy.denoise and config.privacy.is_on else None
         opened.pop_all()
-        return Daemon(config, state, trainer, store, base, fit_denoiser=fit_denoiser)
+        devices = Devices(config.shared(), shapes_of(state.ends), _shapes_of_blocks(trunk))
+        return Daemon(config, state, trainer, store, base, fit_denoiser=fit_denoiser, devices=devices)
+
+
+def _shapes_of_blocks(trunk: Trunk) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Give the shapes of each block's adapter."""
+    return {block: shapes_of(adapter_parameters(trunk_slice(trunk, range(block, block + 1)))) for block in trunk.blocks}
 
 
 def _entrance(folder: Path, config: ServerConfig, trunk: Trunk) -> FitDenoiser:

@@ -69,13 +69,14 @@ class TrunkRound:
         """What gathers joint steps, once the round has begun; None in other variants."""
         return self._calls if isinstance(self._calls, JointCalls) else None
 
-    async def open(self, client: str, slot: str, members: Iterable[str]) -> TrunkCalls:
+    async def open(self, client: str, slot: str, members: Iterable[str], *, blocks: range | None = None) -> TrunkCalls:
         """Fill a client's slot at the round's start.
 
         Args:
             client: The client.
             slot: What `slot` gave.
             members: Clients that the round's joint steps are made of, if they have not begun yet.
+            blocks: Blocks that it asks for; None: all of the trunk's.
 
         Raises:
             RoundLost: If joint steps have begun without this client.
@@ -95,6 +96,7 @@ class TrunkRound:
             shared=SHARED if self._variant.shares_adapter else None,
             joint=self._variant.steps_jointly,
             trained=self._trained,
+            blocks=blocks,
         )
         return self._calls
 
@@ -110,14 +112,14 @@ class TrunkRound:
                 self.joint.leave(slot)
 
     async def take(self, client: str, slot: str) -> dict[str, Tensor]:
-        """Give what the trunk has trained on a client's behalf and what its update is to hold of that.
+        """Give what the trunk has trained on a client's behalf.
 
         Args:
             client: The client, whose update is here.
             slot: Its slot.
 
         Returns:
-            Its own copy of the trunk adapter; empty where clients share one.
+            The adapter of its blocks, after its round; empty where clients train one at the same time.
         """
         if self._variant.shares_adapter:
             return {}
@@ -127,7 +129,7 @@ class TrunkRound:
             return adapter
         self._adapter |= adapter
         self.optimisers.setdefault(SHARED, {}).update(optimiser)
-        return {}
+        return adapter
 
     async def result(self) -> dict[str, Tensor]:
         """Give the trunk adapter that the round leaves, where it is not a mean of copies; empty where it is."""

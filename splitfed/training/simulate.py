@@ -243,9 +243,7 @@ class _Run:
             owner = _SHARED if takes_turns else name
             start = {**adapter, **_merged(trunks.values())} if takes_turns else adapter
             optimiser = self._optimisers.get(owner, {})
-            self._trunk.open_round(
-                name, round, start, _of_blocks(optimiser, client.trunk), trunk=client.trunk, trained=trained
-            )
+            self._trunk.open_round(name, round, start, optimiser, blocks=client.trunk.blocks, trained=trained)
             self._result.losses[name] += done(self._work(client, OwnCalls(at_once(self._trunk)), round))
             trunks[name], state = self._trunk.result(name)
             self._optimisers[owner] = {**optimiser, **state}
@@ -259,7 +257,7 @@ class _Run:
         submit, is_joint = at_once(self._trunk), self._variant.steps_jointly
         self._trunk.open_shared(_SHARED, self._result.adapter, self._optimisers.get(_SHARED, {}), trained=trained)
         for name, client in cohort.items():
-            self._trunk.open_round(name, round, trunk=client.trunk, shared=_SHARED, joint=is_joint)
+            self._trunk.open_round(name, round, blocks=client.trunk.blocks, shared=_SHARED, joint=is_joint)
         free = None if is_joint else FreeCalls(submit, self._staleness(len(cohort)))
         calls: TrunkCalls = JointCalls(cohort, submit) if free is None else free
         works = {name: self._work(client, calls, round) for name, client in cohort.items()}

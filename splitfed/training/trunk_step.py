@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from splitfed.config import TrainingSection
 from splitfed.errors import ProtocolError
-from splitfed.models import Segment, adapter_parameters, load_residual
+from splitfed.models import Segment, Trunk, adapter_parameters, load_residual, trunk_slice
 from splitfed.privacy.denoise import Denoiser
 from splitfed.training.seeds import derive_seed
 from splitfed.training.trunk_adapter import TrunkAdapter
@@ -56,14 +56,13 @@ class TrunkTrainer:
         * A backward is that of its own forward, whatever was applied in between.
     """
 
-    def __init__(
-        self, trunk: Segment, training: TrainingSection, *, seed: int, denoiser: Denoiser | None = None
-    ) -> None:
+    def __init__(self, trunk: Trunk, training: TrainingSection, *, seed: int, denoiser: Denoiser | None = None) -> None:
         self._trunk = trunk
         self.denoiser = denoiser
         self._training = training
         self._seed = seed
         self._local_names: dict[Segment, dict[str, str]] = {}
+        self._slices: dict[range, Trunk] = {}
         self._slots: dict[str, Slot] = {}
         self._shared: dict[str, _Shared] = {}
         self._parameter = next(trunk.parameters())
@@ -114,7 +113,7 @@ class TrunkTrainer:
         *,
         client: str | None = None,
         denoiser: Denoiser | None = None,
-        trunk: Segment | None = None,
+        blocks: range | None = None,
         shared: str | None = None,
         joint: bool = False,
         trained: frozenset[str] | None = None,
@@ -128,12 +127,12 @@ class TrunkTrainer:
             optimiser: The client's optimiser state after its last round; empty for none; left out as above.
             client: Name of the client, for its random streams; none: the slot's.
             denoiser: One for the noise that this client adds; none: the trainer's.
-            trunk: A slice of the trunk, for a client that holds more blocks than others; none: all of it.
+            blocks: Blocks of the trunk, for a client that holds more than others; none: all.
             shared: The adapter that this slot trains together with others; none: one of its own.
             joint: Gradients are gathered with those of the others that share it, for steps that are applied at once.
             trained: Names that are trained in this round, in an adapter of its own; none: all.
         """
-        trunk = trunk or self._trunk
+        trunk = self._slice(blocks)
         common = None if shared is None else self._shared[shared]
         self._slots[slot] = Slot(
             client or slot,
@@ -306,7 +305,17 @@ class TrunkTrainer:
         trained: frozenset[str] | None,
     ) -> TrunkAdapter:
         state = {name: adapter[name] for name in self._names(trunk)}
+        if trunk is not self._trunk:  # moments that go from client to client are of all blocks
+            optimiser = {key: moment for key, moment in optimiser.items() if key.rpartition("/")[0] in state}
         return TrunkAdapter(state, optimiser, self._training, device=self._parameter.device, trained=trained)
+
+    def _slice(self, blocks: range | None) -> Trunk:
+        """Give the trunk over some of its blocks; each slice is cut once."""
+        if blocks is None or blocks == self._trunk.blocks:
+            return self._trunk
+        if blocks not in self._slices:
+            self._slices[blocks] = trunk_slice(self._trunk, blocks)
+        return self._slices[blocks]
 
     def _names(self, trunk: Segment) -> dict[str, str]:
         """Map whole-model names of a trunk's adapter to those of its own parameters."""

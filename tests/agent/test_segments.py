@@ -13,6 +13,7 @@ import torch
 
 from splitfed.agent import segments
 from splitfed.agent.segments import fetch_segments
+from splitfed.config import ModelSection
 from splitfed.errors import WeightsError
 from splitfed.models import canonical_config, load_bottom_and_top, segment_tensor_names, tensor_hashes
 from splitfed.proto.v1 import joining_pb2
@@ -29,7 +30,7 @@ class RealServer:
 
     def __init__(self, folder: Path) -> None:
         coordinator: Any = SimpleNamespace(config=SimpleNamespace(run_id="run"))
-        base = BaseFolder(folder, bottom_blocks=1, top_blocks=1)
+        base = BaseFolder(folder)
         self._worker = ThreadPoolExecutor(1)
         self._service = JoiningService(coordinator, base, Identity("run", is_secure=False), self._worker)
         self.asked: list[str] = []
@@ -91,7 +92,7 @@ def server() -> AnyServer:
 
 
 def fetch(server: Any, cache: Path) -> Path:
-    return fetch_segments(server, "run", cache)
+    return fetch_segments(server, "run", ModelSection(base="demo"), cache)
 
 
 def everything_in(cache: Path) -> set[str]:
@@ -162,7 +163,9 @@ def test_another_base_model_is_kept_beside_the_first(server: AnyServer, tmp_path
 def test_progress_is_told_in_bytes(server: AnyServer, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     stub: Any = server
-    fetch_segments(stub, "run", tmp_path, on_progress=lambda done, total: told.append((done, total)))
+    fetch_segments(
+        stub, "run", ModelSection(base="demo"), tmp_path, on_progress=lambda done, total: told.append((done, total))
+    )
     size_bytes = len(CONFIG) + len(WEIGHT)
     assert told == [(size_bytes, size_bytes)]
 

@@ -61,6 +61,7 @@ class RecordingEngine:
         shared: str | None = None,
         joint: bool = False,
         trained: frozenset[str] | None = None,
+        blocks: range | None = None,
     ) -> None:
         self._note("open_round", client, round)
         self.states[slot] = (client, round, dict(adapter), dict(optimiser))

@@ -252,7 +252,7 @@ async def test_the_next_round_starts_from_the_weighted_mean_and_each_ones_optimi
     await run.submit("a", 0.0)
     await run.submit("b", 4.0)
     assert run.coordinator.rounds.current == 2
-    assert torch.equal(run.coordinator.ends[ENDS], torch.ones(3))
+    assert torch.equal(run.coordinator.start_of_round("a")[ENDS], torch.ones(3))
     session = await run.train("a")
     client, round, adapter, optimiser = run.engine.states[session.slot]
     assert (client, round) == ("a", 2)

@@ -46,7 +46,7 @@ def server_config(folder: Path, base: Path | str = "demo", **sections: Any) -> S
     return ServerConfig(
         run=RunSection(name="small", directory=folder / "run", seed=3),
         model=ModelSection(base=str(base), **sections.get("model", {})),
-        lora=LoraSection(rank=4, alpha=8.0),
+        lora=LoraSection(rank=4, alpha=8.0, **sections.get("lora", {})),
         training=TrainingSection(**{**training, **sections.get("training", {})}),
         federation=FederationSection(**sections.get("federation", {})),
         codecs=sections.get("codecs", OPEN),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from splitfed.proto.v1 import tensor_pb2 as splitfed_dot_proto_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsplitfed/proto/v1/joining.proto\x12\x11splitfed.proto.v1\x1a\x1esplitfed/proto/v1/tensor.proto\";\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\"M\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x12\n\nrun_config\x18\x03 \x01(\t\"%\n\x13ListSegmentsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"L\n\x0eTensorIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"\x8e\x01\n\x11ListSegmentsReply\x12\x15\n\rconfig_sha256\x18\x01 \x01(\x0c\x12\x32\n\x07tensors\x18\x02 \x03(\x0b\x32!.splitfed.proto.v1.TensorIdentity\x12.\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x1f.splitfed.proto.v1.FileIdentity\"@\n\x0c\x46ileIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"P\n\x14\x46\x65tchSegmentsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x04\x66ile\x18\x02 \x01(\tH\x00\x12\x10\n\x06tensor\x18\x03 \x01(\tH\x00\x42\x06\n\x04what\"\x19\n\tFileChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xde\x01\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\x0c\x12\x15\n\rconfig_sha256\x18\x05 \x01(\x0c\x12\x32\n\x07tensors\x18\x06 \x03(\x0b\x32!.splitfed.proto.v1.TensorIdentity\x12(\n\x06\x63odecs\x18\x07 \x03(\x0e\x32\x18.splitfed.proto.v1.Codec\x12\x0e\n\x06weight\x18\x08 \x01(\x04\"+\n\tJoinReply\x12\x0e\n\x06\x61gents\x18\x01 \x01(\r\x12\x0e\n\x06joined\x18\x02 \x01(\r2\xd9\x02\n\x07Joining\x12P\n\x08\x44\x65scribe\x12\".splitfed.proto.v1.DescribeRequest\x1a .splitfed.proto.v1.DescribeReply\x12\\\n\x0cListSegments\x12&.splitfed.proto.v1.ListSegmentsRequest\x1a$.splitfed.proto.v1.ListSegmentsReply\x12X\n\rFetchSegments\x12\'.splitfed.proto.v1.FetchSegmentsRequest\x1a\x1c.splitfed.proto.v1.FileChunk0\x01\x12\x44\n\x04Join\x12\x1e.splitfed.proto.v1.JoinRequest\x1a\x1c.splitfed.proto.v1.JoinReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsplitfed/proto/v1/joining.proto\x12\x11splitfed.proto.v1\x1a\x1esplitfed/proto/v1/tensor.proto\";\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\"M\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x12\n\nrun_config\x18\x03 \x01(\t\"P\n\x13ListSegmentsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rbottom_blocks\x18\x02 \x01(\r\x12\x12\n\ntop_blocks\x18\x03 \x01(\r\"L\n\x0eTensorIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"\x8e\x01\n\x11ListSegmentsReply\x12\x15\n\rconfig_sha256\x18\x01 \x01(\x0c\x12\x32\n\x07tensors\x18\x02 \x03(\x0b\x32!.splitfed.proto.v1.TensorIdentity\x12.\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x1f.splitfed.proto.v1.FileIdentity\"@\n\x0c\x46ileIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"P\n\x14\x46\x65tchSegmentsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x04\x66ile\x18\x02 \x01(\tH\x00\x12\x10\n\x06tensor\x18\x03 \x01(\tH\x00\x42\x06\n\x04what\"\x19\n\tFileChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xe2\x02\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\x0c\x12\x15\n\rconfig_sha256\x18\x05 \x01(\x0c\x12\x32\n\x07tensors\x18\x06 \x03(\x0b\x32!.splitfed.proto.v1.TensorIdentity\x12(\n\x06\x63odecs\x18\x07 \x03(\x0e\x32\x18.splitfed.proto.v1.Codec\x12\x0e\n\x06weight\x18\x08 \x01(\x04\x12\x1a\n\rbottom_blocks\x18\t \x01(\rH\x00\x88\x01\x01\x12\x17\n\ntop_blocks\x18\n \x01(\rH\x01\x88\x01\x01\x12\x11\n\x04rank\x18\x0b \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08personal\x18\x0c \x03(\tB\x10\n\x0e_bottom_blocksB\r\n\x0b_top_blocksB\x07\n\x05_rank\"+\n\tJoinReply\x12\x0e\n\x06\x61gents\x18\x01 \x01(\r\x12\x0e\n\x06joined\x18\x02 \x01(\r2\xd9\x02\n\x07Joining\x12P\n\x08\x44\x65scribe\x12\".splitfed.proto.v1.DescribeRequest\x1a .splitfed.proto.v1.DescribeReply\x12\\\n\x0cListSegments\x12&.splitfed.proto.v1.ListSegmentsRequest\x1a$.splitfed.proto.v1.ListSegmentsReply\x12X\n\rFetchSegments\x12\'.splitfed.proto.v1.FetchSegmentsRequest\x1a\x1c.splitfed.proto.v1.FileChunk0\x01\x12\x44\n\x04Join\x12\x1e.splitfed.proto.v1.JoinRequest\x1a\x1c.splitfed.proto.v1.JoinReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREPLY']._serialized_start=147
   _globals['_DESCRIBEREPLY']._serialized_end=224
   _globals['_LISTSEGMENTSREQUEST']._serialized_start=226
-  _globals['_LISTSEGMENTSREQUEST']._serialized_end=263
-  _globals['_TENSORIDENTITY']._serialized_start=265
-  _globals['_TENSORIDENTITY']._serialized_end=341
-  _globals['_LISTSEGMENTSREPLY']._serialized_start=344
-  _globals['_LISTSEGMENTSREPLY']._serialized_end=486
-  _globals['_FILEIDENTITY']._serialized_start=488
-  _globals['_FILEIDENTITY']._serialized_end=552
-  _globals['_FETCHSEGMENTSREQUEST']._serialized_start=554
-  _globals['_FETCHSEGMENTSREQUEST']._serialized_end=634
-  _globals['_FILECHUNK']._serialized_start=636
-  _globals['_FILECHUNK']._serialized_end=661
-  _globals['_JOINREQUEST']._serialized_start=664
-  _globals['_JOINREQUEST']._serialized_end=886
-  _globals['_JOINREPLY']._serialized_start=888
-  _globals['_JOINREPLY']._serialized_end=931
-  _globals['_JOINING']._serialized_start=934
-  _globals['_JOINING']._serialized_end=1279
+  _globals['_LISTSEGMENTSREQUEST']._serialized_end=306
+  _globals['_TENSORIDENTITY']._serialized_start=308
+  _globals['_TENSORIDENTITY']._serialized_end=384
+  _globals['_LISTSEGMENTSREPLY']._serialized_start=387
+  _globals['_LISTSEGMENTSREPLY']._serialized_end=529
+  _globals['_FILEIDENTITY']._serialized_start=531
+  _globals['_FILEIDENTITY']._serialized_end=595
+  _globals['_FETCHSEGMENTSREQUEST']._serialized_start=597
+  _globals['_FETCHSEGMENTSREQUEST']._serialized_end=677
+  _globals['_FILECHUNK']._serialized_start=679
+  _globals['_FILECHUNK']._serialized_end=704
+  _globals['_JOINREQUEST']._serialized_start=707
+  _globals['_JOINREQUEST']._serialized_end=1061
+  _globals['_JOINREPLY']._serialized_start=1063
+  _globals['_JOINREPLY']._serialized_end=1106
+  _globals['_JOINING']._serialized_start=1109
+  _globals['_JOINING']._serialized_end=1454
 # @@protoc_insertion_point(module_scope)

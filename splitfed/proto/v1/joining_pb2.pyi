@@ -26,10 +26,14 @@ class DescribeReply(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., run_config: _Optional[str] = ...) -> None: ...
 
 class ListSegmentsRequest(_message.Message):
-    __slots__ = ("run_id",)
+    __slots__ = ("run_id", "bottom_blocks", "top_blocks")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    BOTTOM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
-    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+    bottom_blocks: int
+    top_blocks: int
+    def __init__(self, run_id: _Optional[str] = ..., bottom_blocks: _Optional[int] = ..., top_blocks: _Optional[int] = ...) -> None: ...
 
 class TensorIdentity(_message.Message):
     __slots__ = ("name", "dtype", "shape", "sha256")
@@ -80,7 +84,7 @@ class FileChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol_version", "run_id", "client", "agent_id", "config_sha256", "tensors", "codecs", "weight")
+    __slots__ = ("protocol_version", "run_id", "client", "agent_id", "config_sha256", "tensors", "codecs", "weight", "bottom_blocks", "top_blocks", "rank", "personal")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +93,10 @@ class JoinRequest(_message.Message):
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BOTTOM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PERSONAL_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     run_id: str
     client: str
@@ -97,7 +105,11 @@ class JoinRequest(_message.Message):
     tensors: _containers.RepeatedCompositeFieldContainer[TensorIdentity]
     codecs: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Codec]
     weight: int
-    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., client: _Optional[str] = ..., agent_id: _Optional[bytes] = ..., config_sha256: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorIdentity, _Mapping]]] = ..., codecs: _Optional[_Iterable[_Union[_tensor_pb2.Codec, str]]] = ..., weight: _Optional[int] = ...) -> None: ...
+    bottom_blocks: int
+    top_blocks: int
+    rank: int
+    personal: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., client: _Optional[str] = ..., agent_id: _Optional[bytes] = ..., config_sha256: _Optional[bytes] = ..., tensors: _Optional[_Iterable[_Union[TensorIdentity, _Mapping]]] = ..., codecs: _Optional[_Iterable[_Union[_tensor_pb2.Codec, str]]] = ..., weight: _Optional[int] = ..., bottom_blocks: _Optional[int] = ..., top_blocks: _Optional[int] = ..., rank: _Optional[int] = ..., personal: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
     __slots__ = ("agents", "joined")

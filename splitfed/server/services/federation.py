@@ -59,7 +59,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             raise RoundLost(f"Round {request.round} is over; the run is at round {self._coordinator.rounds.current}.")
         self._coordinator.note_progress(request.client)
         header = federation_pb2.AdapterHeader(run_id=request.run_id, client=request.client, round=request.round)
-        for message in adapter_messages(header, self._coordinator.start_of_round, self._codec):
+        for message in adapter_messages(header, self._coordinator.start_of_round(request.client), self._codec):
             self._coordinator.count_bytes(request.client, down=message.ByteSize() + FRAMING_BYTES)
             yield message
 
@@ -100,7 +100,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             raise ProtocolError("An update starts with its header.")
         header = first.header
         self._check(context, header)
-        incoming = IncomingAdapter(self._coordinator.update_shapes(header.round), self._codec)
+        incoming = IncomingAdapter(self._coordinator.update_shapes(header.client, header.round), self._codec)
         received_bytes = first.ByteSize() + FRAMING_BYTES
         async for message in messages:
             received_bytes += message.ByteSize() + FRAMING_BYTES

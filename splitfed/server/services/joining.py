@@ -41,7 +41,14 @@ class JoiningService(joining_pb2_grpc.JoiningServicer):
     ) -> joining_pb2.ListSegmentsReply:
         """List what an agent without the base model fetches."""
         self._check_run(request.run_id)
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._segments)
+        if request.bottom_blocks + request.top_blocks >= self._base.n_blocks:
+            raise JoinRefused(
+                f"A bottom of {request.bottom_blocks} and a top of {request.top_blocks} blocks do not fit this run, "
+                f"whose model has {self._base.n_blocks}; hold fewer ([agent] bottom_blocks, top_blocks)."
+            )
+        return await asyncio.get_running_loop().run_in_executor(
+            self._worker, lambda: self._segments(request.bottom_blocks, request.top_blocks)
+        )
 
     async def FetchSegments(
         self, request: joining_pb2.FetchSegmentsRequest, context: Any
@@ -75,13 +82,22 @@ class JoiningService(joining_pb2_grpc.JoiningServicer):
             self._worker, self._base.check, request.config_sha256.hex(), tensors
         )
         await self._coordinator.join(
-            request.client, request.agent_id, request.weight, is_proven=self._identity.is_secure
+            request.client,
+            request.agent_id,
+            request.weight,
+            device=self._coordinator.devices.device(
+                bottom_blocks=request.bottom_blocks if request.HasField("bottom_blocks") else None,
+                top_blocks=request.top_blocks if request.HasField("top_blocks") else None,
+                rank=request.rank if request.HasField("rank") else None,
+                personal=request.personal,
+            ),
+            is_proven=self._identity.is_secure,
         )
         rounds = self._coordinator.rounds
         return joining_pb2.JoinReply(agents=rounds.agents, joined=rounds.joined)
 
-    def _segments(self) -> joining_pb2.ListSegmentsReply:
-        identities = {name: self._base.identity(name) for name in self._base.agent_tensors}
+    def _segments(self, bottom_blocks: int, top_blocks: int) -> joining_pb2.ListSegmentsReply:
+        identities = {name: self._base.identity(name) for name in self._base.list_tensors(bottom_blocks, top_blocks)}
         return joining_pb2.ListSegmentsReply(
             config_sha256=bytes.fromhex(self._base.config_sha256),
             tensors=[

@@ -54,10 +54,11 @@ class TrainingService(training_pb2_grpc.TrainingServicer):
         opening = first.open
         self._identity.check(context, opening.client, opening.run_id)
         self._coordinator.check_member(opening.client, opening.agent_id)
-        if (opening.first_block, opening.end_block) != (self._blocks.start, self._blocks.stop):
+        blocks = self._coordinator.devices[opening.client].blocks or self._blocks
+        if (opening.first_block, opening.end_block) != (blocks.start, blocks.stop):
             raise ProtocolError(
-                f"The agent asks for blocks {opening.first_block} to {opening.end_block}; this run's trunk is "
-                f"{self._blocks.start} to {self._blocks.stop}."
+                f"The agent asks for blocks {opening.first_block} to {opening.end_block}; with what it holds its trunk "
+                f"is {blocks.start} to {blocks.stop}."
             )
         return await self._coordinator.open_session(opening.client, opening.round, opening.session)
 

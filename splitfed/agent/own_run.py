@@ -1,0 +1,34 @@
+"""The run as this device takes part in it: with the split point and the rank that its owner chose."""
+
+from splitfed.config import AgentSection, RunConfig
+from splitfed.errors import JoinRefused
+
+
+def own_run(agent: AgentSection, run: RunConfig) -> RunConfig:
+    """Put the owner's split point and rank in place of the run's.
+
+    Args:
+        agent: The agent's section.
+        run: What the server says about the run.
+
+    Returns:
+        The run's configuration, for this device; alpha / rank stays what it is.
+
+    Raises:
+        JoinRefused: If the run has no such rank, or merges bottom and top at every step.
+    """
+    cut = {name: getattr(agent, name) for name in ("bottom_blocks", "top_blocks") if getattr(agent, name) is not None}
+    rank = run.lora.rank if agent.rank is None else agent.rank
+    if rank != run.lora.rank and (run.lora.least_rank is None or not run.lora.least_rank <= rank <= run.lora.rank):
+        least = run.lora.least_rank
+        ranks = f"rank {run.lora.rank} for all" if least is None else f"ranks {least} to {run.lora.rank}"
+        raise JoinRefused(
+            f"[agent] rank is {rank}, but the run {run.run.name!r} has {ranks}; set it accordingly, or leave it out."
+        )
+    if run.federation.merge_ends == "step" and (agent.personal or cut):
+        raise JoinRefused(
+            f"The run {run.run.name!r} merges bottom and top at every step, which needs agents that hold the same; "
+            "leave [agent] bottom_blocks, top_blocks and personal out."
+        )
+    lora = run.lora.model_copy(update={"rank": rank, "alpha": run.lora.alpha * rank / run.lora.rank})
+    return run.model_copy(update={"model": run.model.model_copy(update=cut), "lora": lora})
