@@ -6,14 +6,14 @@ method goes once through the very same rows: 5 rounds of 8 steps of 8 rows on ea
 same adapter at the start. "central" has the agents' joint batch (so it makes as many steps as one agent),
 "central-small-batch" one agent's (so it makes as many as all agents together, as sflv2 and async do). In "async" the
 slowest agent takes three times as long as the fastest. Rows have 128 tokens at most. int8 is measured on Dirichlet
-shards only. With these sizes and three seeds the whole takes about 40 minutes on one quiet core.
+shards only. With these sizes and three seeds the whole takes about 70 minutes of a core that others load as well.
 
 Held-out loss is that of 400 rows of dev.csv under stock transformers + PEFT with the exported adapter. Bytes are those
 of the mean agent in a round, payload alone; `data_up_bytes` is what leaves as plain tokens before the first round.
 `skew` is how far an agent's mix of food is from that of all (mean total variation), `seconds` is the time of one core.
 
 With --lora the second part: what is averaged (sflv1, Dirichlet(0.1), one seed), and agents with cuts (1,1), (2,1),
-(0,2) and ranks 4, 8, 16 in one run, beside agents that are alike; about 5 minutes.
+(0,2) and ranks 4, 8, 16 in one run, beside agents that are alike; 12 minutes of the same core.
 
 Appends a row a cell to CSVs in results/ and skips those that are there, so that it may be interrupted; ends with a
 table. Needs the model and the data beside the repository, in shared/.
