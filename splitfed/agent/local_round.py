@@ -1,12 +1,15 @@
 """An agent's work inside a round: its local steps, and its own held-out loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from splitfed.agent.prepare import Prepared
+from splitfed.models import adapter_parameters
 from splitfed.privacy import Ledger
 from splitfed.training.data import Example
-from splitfed.training.evaluation import evaluate
+from splitfed.training.evaluation import HeldOutLoss, evaluate
 from splitfed.training.link import Link
 from splitfed.training.order import step_examples
 from splitfed.training.sampling import poisson_sample
@@ -86,11 +89,21 @@ def train_locally(
     return LocalRound(losses, loss_sum / max(label_tokens, 1), sent_tokens)
 
 
-def evaluate_locally(link: Link, prepared: Prepared, *, round: int) -> float | None:
-    """Measure this client's model on its held-out examples, at the end of its local training; None without any."""
+def evaluate_locally(link: Link, prepared: Prepared, start: Mapping[str, Tensor], *, round: int) -> HeldOutLoss | None:
+    """Measure this client's model on its held-out examples, at the end of its local training; None without any.
+
+    With a personal top it is measured with the run's as well, on the same trunk outputs: nothing more leaves.
+
+    Args:
+        link: The client's link in this round.
+        prepared: Trainer and examples.
+        start: The run's adapters of bottom and top, as the round began.
+        round: The round, from 1.
+    """
     if not prepared.held_out:
         return None
     trainer, training = prepared.trainer, prepared.run.training
+    of_top = adapter_parameters(trainer.top).keys() & prepared.personal
     return evaluate(
         link,
         trainer.bottom,
@@ -101,6 +114,7 @@ def evaluate_locally(link: Link, prepared: Prepared, *, round: int) -> float | N
         max_tokens=training.max_tokens,
         pad_token_id=trainer.pad_token_id,
         round=round,
+        other_top={name: start[name] for name in of_top} if of_top else None,
     )
 
 

@@ -159,10 +159,11 @@ class Agent:
                     round, training.rounds, step, training.local_steps, loss
                 ),
             )
-            held_out_loss = evaluate_locally(link, prepared, round=round)
+            held_out = evaluate_locally(link, prepared, start, round=round)
         after = trainer.adapter_state()
         kept = trainer.optimiser.state() | {f"{_PERSONAL}{name}": after[name] for name in prepared.personal}
         self._state.keep_optimiser(prepared.run_key, round, kept, start=opened.last_counted)
+        held_out_loss = None if held_out is None else held_out.own
         self._submit(calls, prepared, round, start, local, held_out_loss, adapter_traffic)
         privacy = prepared.privacy
         line = {
@@ -170,6 +171,7 @@ class Agent:
             "training_loss": local.loss,
             "step_losses": local.losses,
             "held_out_loss": held_out_loss,
+            "held_out_loss_merged": None if held_out is None else held_out.merged,
             "epsilon": {channel: self._ledger.spent(channel) for channel in CHANNELS if channel != "loss"},
             "epsilon_total": self._ledger.spent(None),
             "total": self._ledger.total_statement(),

@@ -101,6 +101,8 @@ class Progress:
         to the adapter, takes part in what the other channels release of other records. What holds is the total.
         """
         held_out = "" if line["held_out_loss"] is None else f", held out {line['held_out_loss']:.3f}"
+        if line.get("held_out_loss_merged") is not None:
+            held_out += f" ({line['held_out_loss_merged']:.3f} with the run's top)"
         _log.info(
             "round %d of %d is over: loss %.3f%s, %.1f MB up, %.1f MB down, %.1f s",
             line["round"],

@@ -602,7 +602,8 @@ class Coordinator:
         Args:
             shared: The trunk adapter that the round leaves, where it is no mean of copies.
         """
-        for client, ends in sorted(self._held.items()):
+        held, self._held = self._held, {}
+        for client, ends in sorted(held.items()):
             own = self.devices[client].own
             of_trunk = {name: shared[name] for name in self.devices.contested & shared.keys() if name not in own}
             try:

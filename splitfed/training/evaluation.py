@@ -1,10 +1,12 @@
 """Loss of a split model on held-out examples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from splitfed.models import Segment
+from splitfed.models import Segment, adapter_state, load_adapter_state
 from splitfed.training.client_step import (
     Loss,
     causal_lm_loss,
@@ -14,6 +16,19 @@ from splitfed.training.client_step import (
 from splitfed.training.data import Example, collate
 from splitfed.training.link import Kind, Link, Place
 from splitfed.training.releases import Releases
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean loss per token on held-out examples, in nats.
+
+    Attributes:
+        own: With the adapters that the client has.
+        merged: With another adapter in the top, where one was tried.
+    """
+
+    own: float
+    merged: float | None = None
 
 
 @torch.no_grad()
@@ -29,7 +44,8 @@ def evaluate(
     pad_token_id: int,
     round: int,
     loss: Loss = causal_lm_loss,
-) -> float:
+    other_top: Mapping[str, Tensor] | None = None,
+) -> HeldOutLoss:
     """Measure the mean loss per token, in nats, over a link. Smashed data leaves, and is charged like training.
 
     Args:
@@ -43,9 +59,11 @@ def evaluate(
         pad_token_id: Token that fills the rows up.
         round: The round, from 1.
         loss: The loss of logits and labels.
+        other_top: Another adapter for the top, by whole-model name, which is tried on the same trunk outputs; the top
+            ends with its own.
 
     Returns:
-        The mean over all tokens that carry loss; 0 if none does.
+        Means over all tokens that carry loss; 0 if none does.
 
     Raises:
         NonFiniteLoss: If the smashed data is NaN or infinite; it has not been sent then.
@@ -55,7 +73,7 @@ def evaluate(
     bottom.eval()
     top.eval()
     length = max_tokens if releases.is_noisy else None
-    total, tokens = 0.0, 0
+    own_top, total, other_total, tokens = adapter_state(top), 0.0, 0.0, 0
     for index, start in enumerate(range(0, len(examples), batch_size)):
         batch = collate(examples[start : start + batch_size], pad_token_id=pad_token_id, length=length)
         place = Place(0, index, Kind.EVALUATE)
@@ -65,4 +83,9 @@ def evaluate(
         output_BTD = output.result()
         total += loss(top(output_BTD).logits, batch.labels_BT, 1.0).item()
         tokens += count_label_tokens(batch.labels_BT)
-    return total / max(tokens, 1)
+        if other_top is not None:
+            load_adapter_state(top, other_top)
+            other_total += loss(top(output_BTD).logits, batch.labels_BT, 1.0).item()
+            load_adapter_state(top, own_top)
+    counted = max(tokens, 1)
+    return HeldOutLoss(total / counted, None if other_top is None else other_total / counted)

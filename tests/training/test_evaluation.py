@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from splitfed.errors import BudgetExhausted, NonFiniteLoss, ProtocolError
-from splitfed.models import Partition, adapter_parameters, adapter_state
+from splitfed.models import Partition, adapter_parameters, adapter_state, load_adapter_state
 from splitfed.privacy import Ledger, epsilon
 from splitfed.training.data import Example
 from splitfed.training.evaluation import evaluate
@@ -40,7 +40,7 @@ def run_evaluation(client: SplitClient, held_out: list[Example] = HELD_OUT, *, b
         max_tokens=T,
         pad_token_id=PAD,
         round=1,
-    )
+    ).own
 
 
 def merged(model: PreTrainedModel, parts: Partition) -> PreTrainedModel:
@@ -136,3 +136,27 @@ def test_smashed_data_that_is_not_finite_does_not_leave_and_says_so(value: float
     with pytest.raises(NonFiniteLoss, match="smashed data of step 0 in round 1 cannot be sent"):
         run_evaluation(client)
     assert client.link.calls == []
+
+
+def test_another_top_is_tried_on_the_same_outputs_and_the_own_one_stays() -> None:
+    client = split_client(parts=tiny_parts(seed=0))
+    own, other = adapter_state(client.parts.top), adapter_state(tiny_parts(seed=1).top)
+    alone = run_evaluation(client)
+    with_other = evaluate(
+        client.link,
+        client.parts.bottom,
+        client.parts.top,
+        client.trainer.releases,
+        HELD_OUT,
+        batch_size=3,
+        max_tokens=T,
+        pad_token_id=PAD,
+        round=1,
+        other_top=other,
+    )
+    sent = len(client.link.sent)
+    load_adapter_state(client.parts.top, other)
+    assert with_other.own == alone
+    assert with_other.merged == run_evaluation(client) != alone
+    assert len(client.link.sent) == sent * 3 // 2
+    load_adapter_state(client.parts.top, own)
