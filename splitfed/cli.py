@@ -1,15 +1,17 @@
 """The command line. Nothing heavy is imported before a command needs it, so that ``--help`` is instant."""
 
 import logging
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
 
 from splitfed import __version__
-from splitfed.errors import ConfigError, SplitFedError
+from splitfed.errors import ConfigError, OutputError, SplitFedError
 
 app = typer.Typer(
     name="splitfed",
@@ -131,14 +133,17 @@ def audit(
     columns = Columns(text_column, prompt_column, completion_column, messages_column)
     found = run_audit(settings, public_data, private_data, columns, examples=examples, output=output)
     if as_json:
-        typer.echo(found.as_json())
+        with _writing_to_stdout():
+            typer.echo(found.as_json())
         return
     _print_table(*found.table(), found.summary())
 
 
 @app.command()
 def ledger(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="ledger.jsonl of an agent's state directory.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", readable=False, help="ledger.jsonl of an agent's state directory.")
+    ],
     delta: Annotated[float, typer.Option("--delta", help="The delta to state epsilon at.")] = 1e-5,
     relation: Annotated[
         str, typer.Option("--relation", help="Against what change: replace-one or zero-out.")
@@ -150,11 +155,19 @@ def ledger(
         raise ConfigError(f"--delta is {delta}; give a number between 0 and 1")
     if relation not in ("replace-one", "zero-out"):
         raise ConfigError(f"--relation is {relation}; give replace-one or zero-out")
-    from splitfed.privacy import report_ledger
+    from splitfed.privacy import report_ledger, witness_folder
 
-    report = report_ledger(file, delta=delta, relation=relation)
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}); give the ledger.jsonl of an agent's state directory, as a "
+            "user who may read it"
+        ) from error
+    report = report_ledger(file, delta=delta, relation=relation, witnesses=witness_folder())
     if as_json:
-        typer.echo(report.model_dump_json())
+        with _writing_to_stdout():
+            typer.echo(report.model_dump_json())
         return
     _print_table(*report.table(), report.summary())
 
@@ -170,9 +183,24 @@ def _print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], sentenc
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
-    console.print(table)
-    for sentence in sentences:
-        console.print(sentence, soft_wrap=True)
+    with _writing_to_stdout():
+        console.print(table)
+        for sentence in sentences:
+            console.print(sentence, soft_wrap=True)
+
+
+@contextmanager
+def _writing_to_stdout() -> Iterator[None]:
+    """Write all of it, or say in a sentence that it cannot be written."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # whoever reads has seen enough
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again as it ends
+        reason = error.strerror
+        raise OutputError(f"The output cannot be written ({reason}); send it to where there is room.") from error
 
 
 class _PresentStderr(logging.StreamHandler[TextIO]):

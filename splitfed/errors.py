@@ -13,6 +13,7 @@ SplitFedError
  ├ NonFiniteLoss             the loss became NaN or infinite
  ├ RunDirectoryError         the directory already holds another run
  ├ StateError                an agent's state cannot be written
+ ├ OutputError               what a command prints cannot be written
  └ LinkError
     ├ AddressInUse           another process listens on the daemon's address
     ├ ServerUnreachable      no server answered, after all retries
@@ -89,6 +90,10 @@ class RunDirectoryError(SplitFedError):
 
 class StateError(SplitFedError):
     """An agent's state cannot be written."""
+
+
+class OutputError(SplitFedError):
+    """What a command prints cannot be written."""
 
 
 class LinkError(SplitFedError):

@@ -1,5 +1,6 @@
 """The command line: what a person at a terminal sees."""
 
+import errno
 import json
 import re
 import subprocess
@@ -148,9 +149,72 @@ def test_a_ledger_is_shown_to_a_person_with_delta_unit_and_relation(
 def test_showing_a_ledger_that_is_not_there_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["ledger", str(tmp_path / "gone.jsonl")])
-    assert ended.value.code == 1
-    assert "gone.jsonl" in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "gone.jsonl: cannot be read (No such file or directory); give the ledger.jsonl" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reason", ["Permission denied", "Is a directory"])
+def test_a_ledger_that_cannot_be_read_is_refused_like_one_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    file = tmp_path / "ledger.jsonl"
+    if reason == "Is a directory":
+        file.mkdir()
+    else:
+        file.touch()
+
+        def refuse(path: Path, *mode: str) -> None:
+            raise PermissionError(errno.EACCES, reason)
+
+        monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["ledger", str(file)])
+    assert ended.value.code == 2
+    assert f"ledger.jsonl: cannot be read ({reason}); give the ledger.jsonl of" in capsys.readouterr().err
+
+
+def test_an_older_copy_of_a_ledger_is_shown_with_a_warning(
+    ledger_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from splitfed.privacy import Ledger, witness_folder
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+    older = ledger_file.read_bytes()
+    with Ledger(ledger_file, witnesses=witness_folder()) as ledger:
+        ledger.charge("loss", noise_multiplier=0.0, records=[], sequences=1, run="run", round=2, step=0)
+    said = []
+    for content in (ledger_file.read_bytes(), older):
+        ledger_file.write_bytes(content)
+        with pytest.raises(SystemExit):
+            cli.main(["ledger", str(ledger_file)])
+        said.append("older copy: it has 3 rows, but this device has written 4" in capsys.readouterr().out)
+    assert said == [False, True]
+
+
+def test_a_last_line_that_is_unfinished_is_told(ledger_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger_file.write_bytes(ledger_file.read_bytes()[:-20])
+    with pytest.raises(SystemExit):
+        cli.main(["ledger", str(ledger_file)])
+    assert "the last line is unfinished" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["ledger", str(ledger_file), "--json"])
+    assert len(json.loads(capsys.readouterr().out)["warnings"]) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_that_cannot_be_written_is_told_in_one_sentence(ledger_file: Path, options: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "splitfed", "ledger", str(ledger_file), *options],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert ended.stderr.startswith("splitfed: The output cannot be written (No space left on device); send it")
 
 
 def test_a_delta_outside_its_range_is_refused(ledger_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def clip(x_BTD: Tensor, clipping_norm: float, *, per: Per) -> Tensor:
     norm = torch.linalg.vector_norm(x_BTD, dim=_REDUCED[per], keepdim=True, dtype=torch.float64)
     if not torch.isfinite(norm).all():
         raise PrivacyError(
-            f"A hidden vector of this {per} holds a NaN or an infinite value; nothing was sent. "
+            f"A hidden vector of this {per} holds a NaN or an infinite value; it was not sent. "
             "Lower the learning rate, or load the adapter of an earlier round."
         )
     scale: Tensor = target / norm.clamp(min=target)

@@ -46,12 +46,18 @@ class LedgerFile:
         try:
             self._descriptor: int | None = _open_locked(path)
         except OSError as error:
-            raise LedgerError(f"The ledger {path} cannot be opened: {error.strerror}.") from error
+            raise LedgerError(
+                f"The ledger {path} cannot be opened ({error.strerror}); give this user the right to read and write "
+                "it, or name another state directory."
+            ) from error
         try:
             contents, self.salt = self._open(witnesses)
         except OSError as error:
             self.close()
-            raise LedgerError(f"The ledger {path} cannot be read or mended: {error.strerror}.") from error
+            raise LedgerError(
+                f"The ledger {path} cannot be read or mended ({error.strerror}); mend that, or make room, and start "
+                "the agent again."
+            ) from error
         except LedgerError:
             self.close()
             raise
@@ -71,7 +77,7 @@ class LedgerFile:
             LedgerError: If that fails; the file is closed then, because only reading it again tells what it holds.
         """
         if self._descriptor is None:
-            raise LedgerError(f"The ledger {self.path} is closed, so nothing can be released; start the agent again.")
+            raise LedgerError(f"The ledger {self.path} is closed, so this release was not made; start the agent again.")
         lines, check, now_s = [], self._check, round(self._clock(), 3)
         for number, charge in enumerate(charges, start=self._rows + 1):
             line, check = encode_line(Row(**dict(charge), row=number, time_s=now_s), check)
@@ -81,7 +87,7 @@ class LedgerFile:
         except OSError as error:
             self.close()
             raise LedgerError(
-                f"The ledger {self.path} cannot be written ({error.strerror}), so nothing was released; "
+                f"The ledger {self.path} cannot be written ({error.strerror}), so this release was not made; "
                 "mend that and start the agent again."
             ) from error
         self._check, self._rows = check, self._rows + len(lines)
@@ -137,7 +143,10 @@ def read_ledger(path: Path) -> LedgerContents:
     try:
         contents = parse_ledger(path.read_bytes(), path)
     except OSError as error:
-        raise LedgerError(f"The ledger {path} cannot be read: {error.strerror}.") from error
+        raise LedgerError(
+            f"The ledger {path} cannot be read ({error.strerror}); give the ledger.jsonl of an agent's state "
+            "directory, as a user who may read it."
+        ) from error
     if contents.header is None:
         raise LedgerError(f"{path} is not a privacy ledger; give the ledger.jsonl of an agent's state directory.")
     return contents

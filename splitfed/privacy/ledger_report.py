@@ -1,6 +1,6 @@
 """What a ledger says, for people and for programs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Final, Literal
@@ -9,9 +9,10 @@ from pydantic import BaseModel
 
 from splitfed.privacy.figures import format_epsilon
 from splitfed.privacy.ledger_file import read_ledger
-from splitfed.privacy.ledger_rows import Row
+from splitfed.privacy.ledger_rows import LedgerContents, Row
 from splitfed.privacy.mechanisms import RELATION, UNIT, Unit
 from splitfed.privacy.spending import CHANNELS, WORDS, Channel, Spending
+from splitfed.privacy.witness import Noted, name_of, read_noted
 
 _COLUMNS: Final = (
     "run",
@@ -75,6 +76,8 @@ class LedgerReport(BaseModel):
     epsilon_total: float | None
     """Over all channels."""
     total: str
+    warnings: list[str] = []
+    """Why the figures may be too small."""
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Give the headings and the rows of a table."""
@@ -111,23 +114,27 @@ class LedgerReport(BaseModel):
                 )
             if (per_token := self.epsilon_per_token.get(channel)) is not None:
                 said.append(f"{name}: epsilon {format_epsilon(per_token)} {at.format('token')}")
-        return [*said, f"in total: {self.total}"]
+        return [*said, f"in total: {self.total}", *self.warnings]
 
 
-def report_ledger(path: Path, *, delta: float = 1e-5, relation: str = RELATION) -> LedgerReport:
+def report_ledger(
+    path: Path, *, delta: float = 1e-5, relation: str = RELATION, witnesses: Path | None = None
+) -> LedgerReport:
     """Read a ledger and compose what it holds; an agent may be writing to it meanwhile.
 
     Args:
         path: The ledger's file.
         delta: The delta to state every epsilon at.
         relation: The neighbouring relation: "replace-one" or "zero-out".
+        witnesses: Folder that knows how far ledgers have come; None = an older copy goes unnoticed.
 
     Raises:
         LedgerError: If there is no ledger, or it is damaged.
         ValueError: If delta is not between 0 and 1, or there is no such relation.
     """
-    spending = Spending()
-    lines = [_line(rows, spending, delta, relation) for rows in _grouped(read_ledger(path).rows)]
+    noted = {} if witnesses is None else read_noted(witnesses)
+    spending, contents = Spending(), read_ledger(path)
+    lines = [_line(rows, spending, delta, relation) for rows in _grouped(contents.rows)]
     tokens = [channel for channel in CHANNELS if spending.units(channel) == {"token"} and spending.eta(channel) is None]
     return LedgerReport(
         path=path,
@@ -142,7 +149,25 @@ def report_ledger(path: Path, *, delta: float = 1e-5, relation: str = RELATION) 
         eta={channel: eta for channel in CHANNELS if (eta := spending.eta(channel)) is not None},
         epsilon_total=spending.epsilon(None, delta, relation=relation),
         total=spending.total_statement(delta, relation=relation),
+        warnings=_warnings(contents, noted),
     )
+
+
+def _warnings(contents: LedgerContents, noted: Mapping[str, Noted]) -> list[str]:
+    """Say what is missing of a ledger, as far as it can be known."""
+    assert contents.header is not None
+    said, rows = [], len(contents.rows)
+    own = noted.get(name_of(contents.header.salt_sha256))
+    if own is not None and own.shows_older(rows, contents.check):
+        said.append(
+            f"warning: this is an older copy: it has {rows} rows, but this device has written {own.rows}, so more was "
+            "spent than it says; look at the newest one"
+        )
+    if contents.torn_bytes:
+        said.append(
+            "the last line is unfinished: an agent is writing it, or was killed while it did, and then nothing left"
+        )
+    return said
 
 
 def _grouped(rows: Iterable[Row]) -> Iterator[list[Row]]:

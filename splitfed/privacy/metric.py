@@ -113,7 +113,7 @@ class MetricMechanism:
             )
         if not torch.isfinite(x_BTD).all():
             raise PrivacyError(
-                "A hidden vector of this token holds a NaN or an infinite value; nothing was sent. "
+                "A hidden vector of this token holds a NaN or an infinite value; it was not sent. "
                 "Lower the learning rate, or load the adapter of an earlier round."
             )
         return x_BTD + self._stream.radial(x_BTD.shape, self.eta).to(x_BTD.device)

@@ -41,6 +41,11 @@ def load_salt(path: Path) -> bytes:
             f"The salt {path} is missing, so the ledger's records cannot be recognised; restore it from a backup, "
             "or move the ledger away and accept that what was spent is forgotten."
         ) from error
+    except OSError as error:
+        raise LedgerError(
+            f"The salt {path} cannot be read ({error.strerror}); give this user the right to, or restore it from "
+            "a backup."
+        ) from error
     if len(salt) != SALT_BYTES:
         raise LedgerError(f"The salt {path} has {len(salt)} bytes and not {SALT_BYTES}; restore it from a backup.")
     return salt

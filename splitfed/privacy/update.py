@@ -102,7 +102,7 @@ class UpdateMechanism:
         update = {name: (after[name].double() - before[name].double()).unsqueeze(0) for name in before}
         if not all(torch.isfinite(change).all() for change in update.values()):
             raise PrivacyError(
-                "The adapter update holds a NaN or an infinite value; nothing was sent. "
+                "The adapter update holds a NaN or an infinite value; it was not sent. "
                 "Lower the learning rate, or load the adapter of an earlier round."
             )
         released = self._of_one.release(self._of_one.clip(update))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,51 @@ def witness_folder() -> Path:
     return Path(base) / "splitfed" / "ledgers"
 
 
+@dataclass(frozen=True)
+class Noted:
+    """How far a ledger had come when it was noted last.
+
+    Attributes:
+        rows: Its rows.
+        check: Checksum of its last line.
+    """
+
+    rows: int
+    check: str
+
+    def shows_older(self, rows: int, check: str) -> bool:
+        """Tell whether a ledger of so many rows lacks some that were noted."""
+        return rows < self.rows or (rows == self.rows and check != self.check)
+
+
+def read_noted(folder: Path) -> dict[str, Noted]:
+    """Read what is noted of every ledger, by the beginning of its salt's hash; nothing is made or locked.
+
+    Read it before the ledger: a row is noted after it is on disk.
+
+    Args:
+        folder: Where witnesses are kept.
+    """
+    found = {}
+    try:
+        for file in folder.iterdir():
+            if (noted := _parse(file.read_bytes())) is not None:
+                found[file.name] = noted
+    except OSError:
+        pass  # what cannot be read is not known
+    return found
+
+
+def name_of(salt_sha256: str) -> str:
+    """Give the name of a ledger's witness."""
+    return salt_sha256[:_NAME_DIGITS]
+
+
+def _parse(content: bytes) -> Noted | None:
+    words = content[:256].decode(errors="replace").split()
+    return Noted(int(words[0]), words[1]) if len(words) == 2 and words[0].isdigit() else None
+
+
 class Witness:
     """Knows the number of rows and the last checksum of one ledger, by the name of its salt.
 
@@ -33,7 +79,7 @@ class Witness:
     """
 
     def __init__(self, folder: Path, salt_sha256: str) -> None:
-        self.path = folder / salt_sha256[:_NAME_DIGITS]
+        self.path = folder / name_of(salt_sha256)
         self._descriptor: int | None = None
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -58,12 +104,10 @@ class Witness:
         """
         if self._descriptor is None:
             return
-        noted = os.pread(self._descriptor, 256, 0).decode(errors="replace").split()
-        if len(noted) != 2 or not noted[0].isdigit():
-            return
-        if rows < int(noted[0]) or (rows == int(noted[0]) and check != noted[1]):
+        noted = _parse(os.pread(self._descriptor, 256, 0))
+        if noted is not None and noted.shows_older(rows, check):
             raise LedgerError(
-                f"The ledger {ledger} has {rows} rows, but this device has written {int(noted[0])} to it, so it is an "
+                f"The ledger {ledger} has {rows} rows, but this device has written {noted.rows} to it, so it is an "
                 f"older copy; restore the newest one, or remove {self.path} and accept that what was spent in between "
                 "is forgotten."
             )

@@ -85,7 +85,7 @@ def test_zero_stays_zero_with_a_finite_gradient(dtype, per):
 def test_a_norm_that_is_not_finite_is_refused(value, dtype, per):
     x = torch.zeros(2, 3, 4, dtype=dtype)
     x[1, 2, 3] = value
-    with pytest.raises(PrivacyError, match=f"this {per} holds a NaN or an infinite value; nothing was sent"):
+    with pytest.raises(PrivacyError, match=f"this {per} holds a NaN or an infinite value; it was not sent"):
         clip(x, 1.0, per=per)
 
 

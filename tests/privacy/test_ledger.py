@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -122,10 +123,10 @@ def test_a_full_disk_stops_the_release_and_the_ledger(path, monkeypatch, reached
     with Ledger(path) as ledger:
         charge(ledger)
         monkeypatch.setattr(os, "write", write)
-        with pytest.raises(LedgerError, match=r"cannot be written \(No space left.*nothing was released"):
+        with pytest.raises(LedgerError, match=r"cannot be written \(No space left.*this release was not made"):
             charge(ledger)
         monkeypatch.undo()
-        with pytest.raises(LedgerError, match="is closed, so nothing can be released"):
+        with pytest.raises(LedgerError, match="is closed, so this release was not made"):
             charge(ledger)
         assert ledger.spent("smashed", DELTA) == epsilon([(2.0, 2)], DELTA)
     with Ledger(path) as ledger:  # what reached the disk counts, although nothing left
@@ -149,7 +150,7 @@ def test_a_failing_sync_stops_the_release(path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
 
         monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(LedgerError, match="nothing was released"):
+        with pytest.raises(LedgerError, match="this release was not made"):
             charge(ledger)
         with pytest.raises(LedgerError, match="is closed"):
             charge(ledger)
@@ -262,9 +263,9 @@ def test_a_missing_or_foreign_salt_is_refused_because_records_would_not_be_known
 
 def test_a_place_that_cannot_be_written_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(LedgerError, match=r"cannot be opened: (Not a directory|File exists)"):
+    with pytest.raises(LedgerError, match=r"cannot be opened \((Not a directory|File exists)\); give this user"):
         Ledger(tmp_path / "file" / "ledger.jsonl")
-    with pytest.raises(LedgerError, match="cannot be opened: Is a directory"):
+    with pytest.raises(LedgerError, match=r"cannot be opened \(Is a directory\); give this user"):
         Ledger(tmp_path)
 
 
@@ -389,7 +390,7 @@ def test_reading_needs_no_lock_and_changes_nothing(path):
 def test_reading_what_is_no_ledger_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "ledger.jsonl").write_bytes(content)
-    with pytest.raises(LedgerError, match=r"cannot be read: No such file|is not a privacy ledger"):
+    with pytest.raises(LedgerError, match=r"cannot be read \(No such file or directory\)|is not a privacy ledger"):
         read_ledger(tmp_path / "ledger.jsonl")
 
 
@@ -436,3 +437,46 @@ def _peek(stream):
     """Read the next line and leave it there; empty at the end."""
     ahead = stream.peek()
     return ahead[: ahead.find(b"\n") + 1]
+
+
+# Files that cannot be used
+
+
+def refusing(monkeypatch, *, name, call):
+    """Let the operating system refuse one file."""
+    real = getattr(*call)
+
+    def refuse(path, *arguments, **named):
+        if str(path).endswith(name):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(*call, refuse)
+
+
+def test_a_ledger_that_may_not_be_opened_says_what_to_do(tmp_path, monkeypatch):
+    refusing(monkeypatch, name="ledger.jsonl", call=(os, "open"))
+    with pytest.raises(LedgerError, match=r"cannot be opened \(Permission denied\); give this user the right to read"):
+        Ledger(tmp_path / "ledger.jsonl")
+
+
+def test_a_salt_that_may_not_be_read_is_named_as_the_salt(tmp_path, monkeypatch):
+    Ledger(tmp_path / "ledger.jsonl").close()
+    refusing(monkeypatch, name="ledger.salt", call=(Path, "read_bytes"))
+    with pytest.raises(LedgerError, match=r"The salt .*ledger\.salt cannot be read \(Permission denied\); give"):
+        Ledger(tmp_path / "ledger.jsonl")
+
+
+def test_a_charge_that_cannot_be_written_speaks_of_this_release_alone(tmp_path, monkeypatch):
+    """Earlier ones have left."""
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        fields = {"noise_multiplier": 1.0, "records": ["a"], "sequences": 1, "run": "r", "round": 1}
+        ledger.charge("smashed", step=0, **fields)
+
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        for _ in range(2):
+            with pytest.raises(LedgerError, match=r"so this release was not made; .*start the agent again"):
+                ledger.charge("smashed", step=1, **fields)

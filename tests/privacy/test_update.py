@@ -110,7 +110,7 @@ def test_the_noise_has_multiplier_times_sensitivity_as_standard_deviation_on_eve
 def test_an_update_that_is_not_finite_is_refused_and_draws_no_noise(value, dtype):
     before, after, quiet = adapter(dtype=dtype), adapter(1, dtype=dtype), Silence()
     after["b"][3] = value
-    with pytest.raises(PrivacyError, match="adapter update holds a NaN or an infinite value; nothing was sent"):
+    with pytest.raises(PrivacyError, match="adapter update holds a NaN or an infinite value; it was not sent"):
         mechanism(stream=quiet).release(before, after)
     assert quiet.stds == []
 

@@ -314,7 +314,7 @@ def test_a_batch_that_a_secret_sample_outgrows_too_often_is_refused(ledger: Ledg
     ("most_of_a_row", "said"),
     [
         (2, r"needs records of one sequence each, but one is cut into 2; raise training\.max_tokens"),
-        (1, "needs each record once, but one stands in 2 rows of the data; remove duplicate rows, or leave sample_rate"),
+        (1, "needs each record once, but one stands in 2 rows of the data; remove duplicate rows"),
     ],
 )
 def test_a_record_of_several_sequences_is_not_sampled_in_secret(most_of_a_row: int, said: str) -> None:
