@@ -93,9 +93,15 @@ def _refuse_open_channels(policy: AgentPrivacySection, privacy: PrivacySection, 
             continue
         word = _WORDS[channel]
         if channel in wanted:
+            sends = f"The run {run.run.name!r} sends {word} {how}"
+            if policy.protected_channels is None:
+                raise JoinRefused(
+                    f"{sends}, and nothing in this agent's [privacy] allows that; ask for another protection in the "
+                    "run, or name there the protected_channels that are to be enough."
+                )
             raise JoinRefused(
-                f"The run {run.run.name!r} sends {word} {how}, which this device's owner does not allow "
-                "(protected_channels); ask for another protection in the run, or set it in this agent's [privacy]."
+                f"{sends}, but this device's owner insists on its protection (protected_channels); ask for another one "
+                "in the run, or set it in this agent's [privacy]."
             )
         if policy.epsilon_budget is not None:
             raise ConfigError(

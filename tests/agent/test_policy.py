@@ -26,6 +26,13 @@ def test_an_owner_who_says_nothing_wants_noise_on_every_channel() -> None:
         agree(AgentPrivacySection(), run(adapter="none"))
 
 
+def test_a_refusal_speaks_of_a_key_only_where_the_owner_has_set_it() -> None:
+    with pytest.raises(JoinRefused, match=r"nothing in this agent's \[privacy\] allows that; .* name there the"):
+        agree(AgentPrivacySection(), run(adapter="none"))
+    with pytest.raises(JoinRefused, match=r"this device's owner insists on its protection \(protected_channels\); ask"):
+        agree(AgentPrivacySection(protected_channels=["adapter"]), run(adapter="none"))
+
+
 def test_metric_privacy_is_for_an_owner_who_says_so() -> None:
     asked = run(bottom_blocks=0, smashed="metric", eta=2.0)
     with pytest.raises(JoinRefused, match="sends smashed data under metric privacy, which has no epsilon"):
