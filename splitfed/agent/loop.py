@@ -27,6 +27,7 @@ from splitfed.models import resolve_base
 from splitfed.privacy import CHANNELS, UNIT, Ledger, witness_folder
 from splitfed.proto.v1 import federation_pb2, training_pb2
 from splitfed.training.link import Traffic, link_codecs
+from splitfed.training.optimiser import without
 from splitfed.transport.backoff import Backoff
 from splitfed.transport.link import GrpcLink, MeanGradient
 
@@ -201,7 +202,10 @@ class Agent:
         state = state or {}
         kept = {name.removeprefix(_PERSONAL): state[name] for name in state if name.startswith(_PERSONAL)}
         ends = prepared.begin_round(opened.round, start, kept)
-        trainer.optimiser.load({name: moment for name, moment in state.items() if not name.startswith(_PERSONAL)})
+        moments = {name: moment for name, moment in state.items() if not name.startswith(_PERSONAL)}
+        if prepared.run.rule.renews_factors:
+            moments = without(moments, ends.keys() - prepared.personal)
+        trainer.optimiser.load(moments)
         return ends
 
     def _open_link(self, calls: ServerCalls, prepared: Prepared, round: int, traffic: Traffic) -> GrpcLink:

@@ -46,6 +46,11 @@ class AggregationSection(Section):
         """Updates without which a round has no result: a quorum below this is a mistake."""
         return 1 if self.byzantine is None else 2 * self.byzantine + 3
 
+    @property
+    def renews_factors(self) -> bool:
+        """A round's end leaves other factors than those that were trained: what an optimiser knew of them is void."""
+        return self.lora in ("flora", "flexlora")
+
     @model_validator(mode="after")
     def _is_one_plan(self) -> Self:
         for key, rule in (("trim", "trimmed-mean"), ("byzantine", "multi-krum")):

@@ -28,6 +28,7 @@ from splitfed.server.store import RunState, RunStore
 from splitfed.server.trunk_round import TrunkRound
 from splitfed.training.denoising import FitDenoiser
 from splitfed.training.link import link_codecs
+from splitfed.training.optimiser import without
 from splitfed.transport.adapters import RESIDUAL
 
 _log = logging.getLogger(__name__)
@@ -486,7 +487,7 @@ class Coordinator:
             self._engine,
             self.config.federation,
             adapter=self._state.trunk,
-            optimisers=self._state.optimisers,
+            optimisers={owner: self._still_true(state) for owner, state in self._state.optimisers.items()},
             round=number,
             attempt=self._begun,
             trained=frozenset(name for name in base if factor_of(name) in factors),
@@ -499,6 +500,12 @@ class Coordinator:
         self._sessions = {c: session for c, session in self._sessions.items() if self.rounds.lateness(c) is not None}
         self._late_bases = {client: self._late_bases[client] for client in self._sessions}
         self._round_started_s = self._clock()
+
+    def _still_true(self, optimiser: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Leave out the moments of tensors that the last round's end has replaced."""
+        if not self._rule.renews_factors:
+            return optimiser
+        return {} if self._variant.averages_trunk else without(optimiser, self.devices.contested)
 
     async def _submit(self, client: str, round: int, ends: Mapping[str, Tensor], contribution: Contribution) -> bool:
         async with self._closing:

@@ -1,10 +1,10 @@
 """Calls that wait until every member of a group has made the same one."""
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
-from splitfed.errors import RoundLost
+from splitfed.errors import LinkError, ProtocolError, RoundLost, ServerUnreachable
 
 Key = tuple[str, int, int]
 """What is asked, its local step, its micro-batch."""
@@ -13,19 +13,27 @@ Key = tuple[str, int, int]
 class Barrier:
     """Gathers the calls of a group and hands them over together, in the order of the members' names.
 
+    A future that it gives cannot be cancelled: whoever stops waiting leaves its call to the others. Not thread-safe,
+    save that what `run` gives may end in any thread.
+
     Args:
         members: Names of those that are waited for.
-        run: Given a call's key, the members and what each has asked, runs it; its future holds an answer for each.
+        run: Given a call's key, the members and what each has asked, runs it; its future holds an answer for each, or
+            the error that is this one's alone.
 
     Guarantees:
         * What is run, and in which order, does not depend on who came first.
         * A member that leaves is waited for no longer, and what it has asked fails with `RoundLost`.
+        * A call that is made again before it was run is run once; the one before fails with `RoundLost`.
+        * Once it is closed, or all members wait and not for the same, nobody waits.
     """
 
     def __init__(self, members: Iterable[str], run: Callable[[Key, Sequence[str], Sequence[Any]], Future[Any]]) -> None:
         self.members = sorted(members)
         self._run = run
         self._asked: dict[Key, dict[str, tuple[Any, Future[Any]]]] = {}
+        self._begun: set[str] = set()
+        self._closed: LinkError | None = None
 
     def ask(self, key: Key, member: str, argument: Any) -> Future[Any]:
         """Make a call; the future is done once all have made it and it was run.
@@ -35,40 +43,101 @@ class Barrier:
             member: Who makes it.
             argument: What it asks.
         """
-        answer: Future[Any] = Future()
-        if member not in self.members:
-            answer.set_exception(_lost(member))
+        answer = open_answer()
+        if self._closed is not None or member not in self.members:
+            answer.set_exception(_lost() if self._closed is None else _copy(self._closed))
             return answer
-        self._asked.setdefault(key, {})[member] = argument, answer
-        self._run_if_complete(key)
+        asked = self._asked.setdefault(key, {})
+        if member in asked:
+            asked[member][1].set_exception(RoundLost("The same was asked again elsewhere; that call is answered."))
+        asked[member] = argument, answer
+        self._go_on()
         return answer
 
     def leave(self, member: str) -> None:
         """Go on without a member."""
-        if member not in self.members:
-            return
-        self.members.remove(member)
-        for asked in self._asked.values():
-            if member in asked:
-                asked.pop(member)[1].set_exception(_lost(member))
-        for key in list(self._asked):
-            self._run_if_complete(key)
+        if member in self.members:
+            self.members.remove(member)
+            self._take_back(member, _lost())
+            self._go_on()
+
+    def restart(self, member: str) -> bool:
+        """Take back what a member has asked that makes its calls from the first one again.
+
+        Returns:
+            False if it cannot: one of them was run already, or it left.
+        """
+        if member in self._begun or member not in self.members:
+            return False
+        self._take_back(member, RoundLost("This was asked before the round was started again."))
+        return True
+
+    def close(self, error: LinkError) -> None:
+        """Let everyone go: whatever waits, and whatever is asked from now on, fails with this."""
+        self._closed = error
+        asked, self._asked = self._asked, {}
+        for calls in asked.values():
+            for _, answer in calls.values():
+                answer.set_exception(_copy(error))
 
     def missing(self) -> set[str]:
         """Name the members that a call of another one waits for."""
         return {member for asked in self._asked.values() if asked for member in self.members if member not in asked}
 
-    def _run_if_complete(self, key: Key) -> None:
-        asked = self._asked[key]
-        if any(member not in asked for member in self.members):
+    def _go_on(self) -> None:
+        """Run what all have asked; where all wait and nothing can be run, go on without those that are out of step."""
+        while self._asked:
+            complete = [key for key, asked in self._asked.items() if all(member in asked for member in self.members)]
+            for key in complete:
+                self._run_all(key, self._asked.pop(key))
+            if not complete and not self._let_those_out_of_step_go():
+                return
+
+    def _run_all(self, key: Key, asked: dict[str, tuple[Any, Future[Any]]]) -> None:
+        members = [member for member in self.members if member in asked]
+        if not members:
             return
-        del self._asked[key]
-        if not asked:
-            return
-        members = list(self.members)
+        self._begun.update(members)
         answers = [asked[member][1] for member in members]
-        done = self._run(key, members, [asked[member][0] for member in members])
+        try:
+            done = self._run(key, members, [asked[member][0] for member in members])
+        except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
+            done = Future()
+            done.set_exception(error)
         done.add_done_callback(lambda done: hand_out(done, answers))
+
+    def _let_those_out_of_step_go(self) -> bool:
+        """Take the call that most wait for as the one that is due, the first by its key of several."""
+        waiting = {member for asked in self._asked.values() for member in asked}
+        if not waiting.issuperset(self.members):
+            return False
+        due = min(self._asked, key=lambda key: (-len(self._asked[key]), key))
+        out_of_step = [member for member in self.members if member not in self._asked[due]]
+        for member in out_of_step:
+            self.members.remove(member)
+            kind, step, micro_batch = due
+            self._take_back(
+                member,
+                ProtocolError(
+                    f"This agent is out of step: the others of its round ask for the {kind} of step {step}, micro-batch "
+                    f"{micro_batch}; give all agents the same version of splitfed."
+                ),
+            )
+        return bool(out_of_step)
+
+    def _take_back(self, member: str, error: LinkError) -> None:
+        for key, asked in list(self._asked.items()):
+            if member in asked:
+                asked.pop(member)[1].set_exception(_copy(error))
+            if not asked:
+                del self._asked[key]
+
+
+def open_answer() -> Future[Any]:
+    """Make a future that cannot be cancelled, so that whoever answers it needs not look."""
+    answer: Future[Any] = Future()
+    answer.set_running_or_notify_cancel()
+    return answer
 
 
 def hand_out(done: Future[Any], answers: Sequence[Future[Any]]) -> None:
@@ -76,15 +145,25 @@ def hand_out(done: Future[Any], answers: Sequence[Future[Any]]) -> None:
 
     Args:
         done: What was run, over.
-        answers: Those that wait for it, in the order of its parts.
+        answers: Those that wait for it, in the order of its parts; a part that is an error is this one's alone.
     """
-    error = done.exception()
-    for index, answer in enumerate(answers):
-        if error is not None:
-            answer.set_exception(error)
+    try:
+        parts: Sequence[Any] = done.result()
+    except CancelledError:
+        parts = [ServerUnreachable("The server shut down before it came to this; come back when it is up again.")]
+        parts *= len(answers)
+    except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
+        parts = [error] * len(answers)
+    for answer, part in zip(answers, parts, strict=True):
+        if isinstance(part, Exception):
+            answer.set_exception(part)
         else:
-            answer.set_result(done.result()[index])
+            answer.set_result(part)
 
 
-def _lost(member: str) -> RoundLost:
-    return RoundLost(f"The round goes on without {member!r}.")
+def _lost() -> RoundLost:
+    return RoundLost("The round goes on without this agent; it takes part again when it is asked.")
+
+
+def _copy(error: LinkError) -> LinkError:
+    return type(error)(*error.args)

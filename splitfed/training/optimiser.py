@@ -1,7 +1,7 @@
 """AdamW under one schedule that covers the whole run, with a state that is nothing but named tensors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -152,3 +152,13 @@ def _schedule(training: TrainingSection):  # type: ignore[no-untyped-def]
         num_training_steps=training.rounds * training.local_steps,
     )
     return scheduler.lr_lambdas[0]
+
+
+def without(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Leave out the moments of some parameters.
+
+    Args:
+        state: What `StepOptimiser.state` gave.
+        names: Whole-model names.
+    """
+    return {key: moment for key, moment in state.items() if key.rpartition("/")[0] not in names}

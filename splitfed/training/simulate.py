@@ -27,6 +27,7 @@ from splitfed.training.data import Example
 from splitfed.training.interleave import interleave
 from splitfed.training.link import Traffic, link_codecs
 from splitfed.training.objective import Objective
+from splitfed.training.optimiser import without
 from splitfed.training.releases import OpenReleases, Releases
 from splitfed.training.setup import lora_settings
 from splitfed.training.simulated_client import SimulatedClient, make_client
@@ -229,7 +230,16 @@ class _Run:
             aggregate = self._aggregator.result()
             self._result.notes.append(aggregate.notes)
             adapter = aggregate.adapter
+            if self._rule.renews_factors:
+                self._forget_moments(merged_names)
         self._result.adapter = adapter | {key: of_trunks[key] for key in of_trunks.keys() - merged_names}
+
+    def _forget_moments(self, names: Collection[str]) -> None:
+        """Let optimisers start afresh on tensors that are no longer what they were."""
+        self._optimisers = {owner: without(state, names) for owner, state in self._optimisers.items()}
+        for client in self._clients.values():
+            optimiser = client.trainer.optimiser
+            optimiser.load(without(optimiser.state(), set(names) - client.personal))
 
     def _train(
         self, cohort: Mapping[str, SimulatedClient], round: int, trained: frozenset[str]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from splitfed.config import TrainingSection
-from splitfed.training.optimiser import StepOptimiser
+from splitfed.training.optimiser import StepOptimiser, without
 
 STEPS = 6
 SHAPES = {"a.lora_A.weight": (2, 5), "a.lora_B.weight": (4, 2)}
@@ -182,3 +182,18 @@ def test_given_gradients_take_the_place_of_those_that_autograd_gathered() -> Non
     optimiser.step(2)
     StepOptimiser(theirs, settings()).step(2)
     assert_same_bits(values(ours), values(theirs))
+
+
+def test_moments_of_some_parameters_can_be_left_out_and_the_others_go_on() -> None:
+    named = parameters()
+    optimiser = StepOptimiser(named, settings())
+    set_gradients(named, 0)
+    optimiser.step(0)
+    kept = without(optimiser.state(), {"a.lora_A.weight"})
+    assert {key.rpartition("/")[0] for key in kept} == {"a.lora_B.weight"}
+    optimiser.load(kept)
+    assert_same_bits(optimiser.state(), kept)
+    set_gradients(named, 1)
+    optimiser.step(1)
+    state = optimiser.state()
+    assert (state["a.lora_A.weight/step"], state["a.lora_B.weight/step"]) == (1, 2)
