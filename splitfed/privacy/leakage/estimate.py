@@ -30,11 +30,12 @@ class AttackResult:
             totals.
 
     Guarantees:
-        * A 95 % interval holds the true rate in about 95 of 100 repetitions (measured: over 92), with trials that agree
-          within a sequence too. A few tens of sequences, or successes or failures in a handful only, are too few.
+        * A 95 % interval holds the true rate in about 95 of 100 repetitions (measured: over 92, from 30 sequences on),
+          with trials that agree within a sequence too, and at rates near 0 and 1.
         * The interval holds the measured rate, lies within 0 to 1, and is never shorter than that of independent
           trials.
-        * Where all trials agree, nothing shows how much they depend on each other, and a sequence counts as one trial.
+        * Where all trials agree, or all but fewer than a sequence holds, nothing shows how much they depend on each
+          other, and a sequence counts as one trial; from twice as many on, what they show counts in full.
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference (1927); design effect of a
     ratio estimate over clusters, and the number of trials divided by it: Kish, Survey Sampling (1965).
@@ -97,7 +98,10 @@ class AttackResult:
             return n_clusters
         squares = sum((s - self.rate * t) ** 2 for s, t in self.clusters)
         variance = squares * n_clusters / (n_clusters - 1) / self.trials**2
-        return min(max(spread / variance, 1.0), self.trials) if variance else self.trials
+        shown = min(max(spread / variance, 1.0), self.trials) if variance else self.trials
+        rarer = min(self.successes, self.trials - self.successes)
+        trust = min(max(rarer * n_clusters / self.trials - 1, 0.0), 1.0)  # sequences' worth of them, less one
+        return min(shown, n_clusters + trust * (shown - n_clusters))
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Bound the rate that the attack would have on endlessly many such sequences.

@@ -53,6 +53,29 @@ def test_where_all_trials_agree_a_sequence_counts_as_one_trial(rate):
     assert of_sequences(*[(64 * rate, 64)] * 50).interval() == result(50 * rate, 50).interval()
 
 
+def test_one_trial_that_goes_wrong_shows_no_more_of_how_much_they_depend_than_none():
+    """Else the better result would have the longer interval."""
+    all_right, one_wrong = of_sequences(*[(64, 64)] * 6), of_sequences(*[(64, 64)] * 5, (63, 64))
+    assert one_wrong.effective_trials == all_right.effective_trials == 6
+    assert one_wrong.interval()[0] < all_right.interval()[0]
+    assert of_sequences((1, 64), *[(0, 64)] * 5).effective_trials == 6
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.97, 0.99])
+@pytest.mark.parametrize("concentration", [1, 3, 1e6])
+def test_a_95_percent_interval_holds_the_true_rate_near_the_edges_with_few_sequences_too(rate, concentration):
+    draw, repetitions, held = random.Random(7), 400, 0
+    for _ in range(repetitions):
+        clusters = []
+        for _ in range(30):
+            own = draw.betavariate(rate * concentration, (1 - rate) * concentration)
+            trials = draw.randint(20, 40)
+            clusters.append((sum(draw.random() < own for _ in range(trials)), trials))
+        low, high = of_sequences(*clusters).interval()
+        held += low <= rate <= high
+    assert held / repetitions >= 0.92
+
+
 @pytest.mark.parametrize("clusters", [[(0, 9)], [(9, 9)], [(3, 9)], [(0, 9), (9, 9)], [(1, 9), (2, 9), (0, 4)]])
 def test_the_interval_holds_the_measured_rate_and_is_never_shorter_than_that_of_independent_trials(clusters):
     measured = of_sequences(*clusters)
