@@ -171,11 +171,15 @@ def _attack_the_update(setting: AuditSetting, compared: list[Protection], progre
         if protection.is_on and setting.privacy.adapter == "dp-sgd":
             steps += ", each of which is a release"
         for outcome in games.play(is_protected=protection.is_on, on_progress=tell):
-            note = (
-                f"names {100 * outcome.found:.0f} % of {games.members} members with {100 * FALSE_ALARMS:.0f} % false "
-                f"alarms, after {steps}"
-            )
+            note = f"names {100 * outcome.found:.0f} % of {false_alarms(games.members)}, after {steps}"
             yield _row(outcome.result, protection.is_on, guarantee, note)
+
+
+def false_alarms(members: int) -> str:
+    """Say among how many members and others a few are named: a twentieth of the others may be taken for members."""
+    most = int(FALSE_ALARMS * members)
+    alarms = "no false alarm" if most == 0 else "1 false alarm at most" if most == 1 else f"{most} false alarms at most"
+    return f"{members} members with {alarms} among {members} others"
 
 
 def _row(result: AttackResult, is_protected: bool, guarantee: Guarantee, note: str = "") -> AuditRow:
@@ -197,7 +201,22 @@ def _terms(setting: AuditSetting, compared: list[Protection]) -> AuditTerms:
         delta=setting.privacy.delta,
         relation=setting.privacy.relation,
         is_protected=len(compared) > 1,
+        configured=configured_noise(setting) if len(compared) > 1 else "",
     )
+
+
+def configured_noise(setting: AuditSetting) -> str:
+    """Say which noise a run has."""
+    privacy = setting.privacy
+    noise = f"noise multiplier {privacy.noise_multiplier:g}"
+    if privacy.smashed == "metric":
+        noise = f"metric privacy of eta {privacy.eta:g} on smashed data, {noise} elsewhere"
+    if not setting.adapts:
+        return noise
+    if privacy.adapter == "none":
+        return f"{noise}, none on the adapter update"
+    own = "" if privacy.noise_multiplier_adapter is None else f" of {privacy.noise_multiplier_adapter:g}"
+    return f"{noise}, {privacy.adapter}{own} on the adapter update"
 
 
 def _section(data: DataSection | Path | str) -> DataSection:

@@ -56,8 +56,9 @@ def draw(audit: Audit) -> bytes:
         axes.set_xticks(range(0, 101, 20), [f"{tick} %" for tick in range(0, 101, 20)])
         axes.set_xlabel("recovered, with the 95 % interval · a lower bound on what leaks, never a guarantee")
         terms = audit.terms
+        configured = f"\nas configured: {terms.configured}" if terms.configured else ""
         axes.set_title(
-            f"{terms.run}: {terms.cut}, {terms.private_sequences} sequences",
+            f"{terms.run}: {terms.cut}, {terms.private_sequences} sequences{configured}",
             loc="left",
             fontsize=11,
             pad=26,

@@ -84,6 +84,7 @@ class AuditTerms:
         delta: The delta at which epsilon is stated.
         relation: The neighbouring relation.
         is_protected: Whether the run has any noise on.
+        configured: The run's noise in words; empty where it has none.
     """
 
     run: str
@@ -96,6 +97,7 @@ class AuditTerms:
     delta: float
     relation: str
     is_protected: bool
+    configured: str = ""
 
     @property
     def cut(self) -> str:
@@ -168,9 +170,10 @@ class Audit:
             "success with its 95 % interval; chance is the best guess without looking.",
         ]
         if terms.is_protected:
-            sentences.append(
-                f"Epsilon (ε) is at delta {terms.delta:g}, relation {terms.relation}, for one release of what is read."
-            )
+            sentences += [
+                f"As configured: {terms.configured}.",
+                f"Epsilon (ε) is at delta {terms.delta:g}, relation {terms.relation}, for one release of what is read.",
+            ]
         else:
             sentences.append("The run's configuration has no noise, so nothing is guaranteed.")
         for is_protected in (False, True):

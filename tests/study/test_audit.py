@@ -7,8 +7,17 @@ import pytest
 from splitfed.config import load_server_config
 from splitfed.errors import ConfigError
 from splitfed.privacy.leakage import AttackResult
-from splitfed.study.audit import Audit, AuditRow, AuditTerms, audit, check_folder, write_audit
-from tests.study.audited_run import write_config, write_rows
+from splitfed.study.audit import (
+    Audit,
+    AuditRow,
+    AuditTerms,
+    audit,
+    check_folder,
+    configured_noise,
+    false_alarms,
+    write_audit,
+)
+from tests.study.audited_run import setting_of, write_config, write_rows
 
 SMALL = Audit(
     AuditTerms("a", "b", 1, 1, 8, 2, 8, 1e-5, "replace-one", False),
@@ -65,3 +74,33 @@ def test_what_cannot_be_replaced_leaves_no_draft(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written to"):
         write_audit(SMALL, tmp_path)
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        (4, "4 members with no false alarm among 4 others"),
+        (20, "20 members with 1 false alarm at most among 20 others"),
+        (64, "64 members with 3 false alarms at most among 64 others"),
+    ],
+)
+def test_false_alarms_are_counted_and_not_promised_by_a_share_that_so_few_cannot_give(members, said):
+    assert false_alarms(members) == said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "noise multiplier 0.002, dp-sgd on the adapter update"),
+        ({"bottom_blocks": 0, "top_blocks": 0, "privacy": "noise_multiplier = 0.5"}, "noise multiplier 0.5"),
+        ({"privacy": 'adapter = "none"'}, "noise multiplier 0.002, none on the adapter update"),
+        (
+            {"bottom_blocks": 0, "privacy": 'smashed = "metric"\neta = 2\nnoise_multiplier_adapter = 0.25'},
+            "metric privacy of eta 2 on smashed data, noise multiplier 0.002 elsewhere, dp-sgd of 0.25 on the adapter "
+            "update",
+        ),
+    ],
+    ids=str,
+)
+def test_which_noise_is_configured_is_said(tmp_path, options, said):
+    assert configured_noise(setting_of(tmp_path, **options)) == said

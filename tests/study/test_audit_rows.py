@@ -5,12 +5,13 @@ import io
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from splitfed.privacy.leakage import AttackResult
 from splitfed.study.audit_plot import draw
 from splitfed.study.audit_rows import LOWER_BOUND, Audit, AuditRow, AuditTerms, strongest
 
-TERMS = AuditTerms("clinics", "little-llama", 1, 2, 64, 32, 500, 1e-5, "replace-one", True)
+TERMS = AuditTerms("clinics", "little-llama", 1, 2, 64, 32, 500, 1e-5, "replace-one", True, "noise multiplier 0.5")
 
 
 def row(attack, target, successes, *, on=False, **more):
@@ -50,11 +51,12 @@ def test_a_summary_says_what_the_figures_are_worth(audit):
     assert "Labels are left out: no reason." in said
     assert "little-llama, 1 block in the bottom, 2 in the top" in said[0]
     assert any("delta 1e-05, relation replace-one" in sentence for sentence in said)
+    assert "As configured: noise multiplier 0.5." in said
     assert "Membership, noise off: names 30 % of 16 members." in said
 
 
 def test_an_audit_without_noise_claims_no_epsilon(audit):
-    terms = AuditTerms(**{**TERMS.__dict__, "is_protected": False})
+    terms = AuditTerms(**{**TERMS.__dict__, "is_protected": False, "configured": ""})
     bare = Audit(terms, audit.rows[:3], (), 1.0)
     headings, lines = bare.table()
     assert headings == ["recovers", "attack", "chance", "noise off"]
@@ -80,6 +82,19 @@ def test_the_strongest_attack_is_found_under_each_protection(audit):
     assert strongest(audit.rows, "tokens", is_protected=True).result.attack == "bayes"
     assert strongest(audit.rows, "tokens", is_protected=False).result.attack == "nearest neighbour"
     assert strongest(audit.rows, "labels", is_protected=True) is None
+
+
+def test_the_plot_says_which_noise_is_configured(audit, monkeypatch):
+    titles, save = [], Figure.savefig
+
+    def watched(figure, *arguments, **named):
+        titles.append(figure.axes[0].get_title(loc="left"))
+        save(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    draw(audit)
+    cut = "clinics: 1 block in the bottom, 2 in the top, 32 sequences"
+    assert titles == [f"{cut}\nas configured: noise multiplier 0.5"]
 
 
 def test_the_plot_is_a_png_that_grows_with_the_attacks(audit):
