@@ -30,7 +30,7 @@ from splitfed.training.objective import Objective
 from splitfed.training.optimiser import without
 from splitfed.training.releases import OpenReleases, Releases
 from splitfed.training.setup import lora_settings
-from splitfed.training.simulated_client import SimulatedClient, make_client
+from splitfed.training.simulated_client import SimulatedClient, make_client, twin
 from splitfed.training.together import FreeCalls, JointCalls, OwnCalls, TrunkCalls, at_once
 from splitfed.training.trunk_step import TrunkTrainer
 from splitfed.training.work import Work, done
@@ -156,20 +156,26 @@ class _Run:
     ) -> None:
         self._training, self._federation, self._seed, self._seconds = training, federation, seed, seconds
         self._variant: Variant = variant_of(federation.variant)
-        gates = {client: releases(client) for client in shards}
         of_client = {client: parts if isinstance(parts, Partition) else parts[client] for client in shards}
+        own = {client: (twin(each.bottom), twin(each.top)) for client, each in of_client.items()}
+        self._parts = {id(each): each for each in of_client.values()}.values()
+        self._segments = [segment for each in self._parts for segment in each] + ([] if trunk is None else [trunk])
+        residual_rank = (aggregation.flora_rank or lora.rank) if aggregation.lora == "flora" else 0
+        settings = lora_settings(lora)
+        for segment in self._segments:  # a gate may look at what is trained
+            add_adapter(segment, settings, seed=seed, residual_rank=residual_rank)
+        gates = {client: releases(client) for client in shards}
         self._rule = aggregation.decided(
             has_unlike_ranks=any(rank != lora.rank for rank in ranks.values()),
             is_noised=any(gate.noises_adapter for gate in gates.values()),
         )
         self._aggregator: Aggregator = make_aggregator(self._rule, lora.rank)
-        residual_rank = (self._rule.flora_rank or lora.rank) if self._rule.lora == "flora" else 0
-        settings = lora_settings(lora)
         pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._clients = {
             client: make_client(
                 client,
-                of_client[client],
+                *own[client],
+                of_client[client].trunk,
                 _examples(client, shard, tokenizer, training.max_tokens),
                 gates[client],
                 training=training,
@@ -182,10 +188,6 @@ class _Run:
             )
             for client, shard in shards.items()
         }
-        self._parts = {id(each): each for each in of_client.values()}.values()
-        self._segments = [segment for each in self._parts for segment in each] + ([] if trunk is None else [trunk])
-        for segment in self._segments:
-            add_adapter(segment, settings, seed=seed, residual_rank=residual_rank)
         self._trunk = TrunkTrainer(_widest([each.trunk for each in self._parts], trunk), training, seed=seed)
         self._codecs = link_codecs(codecs)
         self._optimisers: dict[str, dict[str, Tensor]] = {}

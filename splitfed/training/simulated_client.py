@@ -11,8 +11,9 @@ from torch import Tensor
 from splitfed.config import TrainingSection
 from splitfed.federation import at_rank
 from splitfed.models import (
-    Partition,
+    Bottom,
     Segment,
+    Top,
     Trunk,
     adapter_state,
     add_adapter,
@@ -140,7 +141,9 @@ class SimulatedClient:
 
 def make_client(
     name: str,
-    parts: Partition,
+    bottom: Bottom,
+    top: Top,
+    trunk: Trunk,
     examples: Sequence[Example],
     releases: Releases,
     *,
@@ -152,11 +155,13 @@ def make_client(
     seed: int,
     pad_token_id: int,
 ) -> SimulatedClient:
-    """Give a client its own bottom and top.
+    """Put a client's adapter on its bottom and top, and train them.
 
     Args:
         name: Its name.
-        parts: The segments, without an adapter; they stay as they are.
+        bottom: Its own bottom, without an adapter yet.
+        top: Its own top, the same.
+        trunk: The blocks between.
         examples: What it trains on.
         releases: The gate.
         training: Batch sizes, length and optimiser settings.
@@ -167,7 +172,6 @@ def make_client(
         seed: The run's seed.
         pad_token_id: Token that fills rows up.
     """
-    bottom, top = twin(parts.bottom), twin(parts.top)
     for segment in (bottom, top):
         add_adapter(segment, lora, seed=seed, residual_rank=residual_rank)
     trainer = ClientTrainer(
@@ -175,4 +179,4 @@ def make_client(
     )
     kept = [segment for segment in (bottom, top) if segment.kind in personal]
     names = frozenset(chain.from_iterable(adapter_state(segment) for segment in kept))
-    return SimulatedClient(name, examples, trainer, parts.trunk, names, lora.rank)
+    return SimulatedClient(name, examples, trainer, trunk, names, lora.rank)

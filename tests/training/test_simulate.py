@@ -16,7 +16,7 @@ from splitfed.config import CodecSection, LoraSection, TrainingSection
 from splitfed.models import Partition, adapter_state
 from splitfed.privacy import GaussianSequenceMechanism, Ledger, epsilon
 from splitfed.training.data import Example
-from splitfed.training.releases import LedgeredReleases
+from splitfed.training.releases import LedgeredReleases, OpenReleases
 from splitfed.training.simulate import Simulation, examples_of, simulate
 from tests.equivalence.closeness import assert_equal_to_rounding
 from tests.equivalence.tiny_models import tiny_model
@@ -181,3 +181,15 @@ def test_the_readmes_session_runs_as_it_stands(root: Path, tmp_path: Path, monke
     assert [client for client, curve in losses.items() if curve[-1] >= curve[0]] == []
     base = AutoModelForCausalLM.from_pretrained(splitfed.base_model_folder())
     assert PeftModel.from_pretrained(base, tmp_path / "adapter").active_adapters == ["default"]
+
+
+def test_a_gate_sees_the_adapters_that_it_is_for(tokenizer: PreTrainedTokenizerFast) -> None:
+    seen: dict[str, int] = {}
+    parts = splitfed.partition(tiny_model("llama"), bottom_blocks=1, top_blocks=1)
+
+    def releases(client: str) -> OpenReleases:
+        seen[client] = len(adapter_state(parts.bottom)) + len(adapter_state(parts.top))
+        return OpenReleases()
+
+    simulate(parts, tokenizer, {"a": examples(5, 6)}, training=TRAINING, lora=LORA, codecs=OPEN, releases=releases)
+    assert seen["a"] > 0
