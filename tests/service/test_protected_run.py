@@ -96,7 +96,12 @@ def test_metric_privacy_is_stated_as_such_and_makes_no_total(tmp_path: Path) -> 
         ({}, {"most_bottom_blocks": 0}, JoinRefused, "bottom_blocks = 1, but its owner allows 0"),
         ({}, {"smashed": "token"}, ConfigError, "needs bottom_blocks = 0, not 1"),
         ({"epsilon": 5.0}, {"adapter": "none"}, ConfigError, 'cannot be kept with adapter = "none"'),
-        ({}, {"epsilon_budget": 5.0, "adapter": "none"}, ConfigError, "epsilon_budget = 5 cannot be kept"),
+        (
+            {"adapter": "none"},
+            {"epsilon_budget": 5.0, "protected_channels": ["smashed"]},
+            ConfigError,
+            "epsilon_budget = 5 cannot be kept",
+        ),
         ({"noise_multiplier": 1.0}, {"epsilon_budget": 1e-3}, BudgetExhausted, r"Round 1 .* of which 0 is spent"),
     ],
     ids=str,
