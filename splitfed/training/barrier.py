@@ -88,8 +88,8 @@ class Barrier:
         """Run what all have asked; where all wait and nothing can be run, go on without those that are out of step."""
         while self._asked:
             complete = [key for key, asked in self._asked.items() if all(member in asked for member in self.members)]
-            for key in complete:
-                self._run_all(key, self._asked.pop(key))
+            for key in sorted(complete):
+                self._run_all(key, self._asked.pop(key, {}))
             if not complete and not self._let_those_out_of_step_go():
                 return
 
@@ -119,8 +119,8 @@ class Barrier:
             self._take_back(
                 member,
                 ProtocolError(
-                    f"This agent is out of step: the others of its round ask for the {kind} of step {step}, micro-batch "
-                    f"{micro_batch}; give all agents the same version of splitfed."
+                    f"This agent is out of step: the others of its round ask for the {kind} of step {step}, "
+                    f"micro-batch {micro_batch}; give all agents the same version of splitfed."
                 ),
             )
         return bool(out_of_step)

@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from splitfed.errors import RoundLost
+from splitfed.errors import LinkError, ProtocolError, RoundLost
 from splitfed.federation.variants import Staleness
-from splitfed.training.barrier import Barrier, Key, hand_out
+from splitfed.training.barrier import Barrier, Key, hand_out, open_answer
 from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 from splitfed.training.trunk_step import Applied, TrunkTrainer
 
@@ -56,12 +56,29 @@ class TrunkCalls(Protocol):
     ) -> Future[dict[str, Tensor]]:
         """Ask for the mean of the cohort's gradients of bottom and top, weighted by tokens."""
 
+    def restart(self, slot: str) -> bool:
+        """Take back what a client has asked that begins its round again; False if its place in it is lost."""
+
     def leave(self, slot: str) -> None:
         """Wait for this client no longer; what it has asked fails."""
+
+    def close(self, error: LinkError) -> None:
+        """Fail whatever waits for other clients, and whatever would."""
 
 
 class _NoCohort:
     """Nobody has a step in common."""
+
+    def restart(self, slot: str) -> bool:
+        """Nobody loses a place; what was asked for a slot that is given up has left with it."""
+        self.leave(slot)
+        return True
+
+    def leave(self, slot: str) -> None:
+        """Nobody waits for anybody."""
+
+    def close(self, error: LinkError) -> None:
+        """Nothing waits."""
 
     def mean_gradient(
         self, slot: str, step: int, gradients: Mapping[str, Tensor], *, tokens: int
@@ -82,18 +99,15 @@ class OwnCalls(_NoCohort):
 
     def forward(self, call: TrunkForward, *, tokens: int = 0) -> Future[Tensor]:
         """Run the forward."""
-        return self._submit(lambda trainer: trainer.forward_together([call])[0])
+        return self._submit(lambda trainer: _only(trainer.forward_together([call])))
 
     def backward(self, call: TrunkBackward) -> Future[Tensor | None]:
         """Run the backward."""
-        return self._submit(lambda trainer: trainer.backward_together([call])[0])
+        return self._submit(lambda trainer: _only(trainer.backward_together([call])))
 
     def step(self, slot: str, step: int, *, squared_norm: float | None = None) -> Future[Applied]:
         """Apply the step."""
         return self._submit(lambda trainer: trainer.step(slot, step, others=squared_norm))
-
-    def leave(self, slot: str) -> None:
-        """Nobody waits for anybody."""
 
 
 class JointCalls:
@@ -110,13 +124,15 @@ class JointCalls:
     Guarantees:
         * Calls are run in the order of the slots, whatever came first.
         * One client alone has the bits that it has with an adapter of its own.
+        * A call that the trunk refuses fails alone; those of the others are run without it.
     """
 
     def __init__(self, slots: Iterable[str], submit: Submit, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._submit = submit
         self._barrier = Barrier(slots, self._run)
-        self._tokens: dict[int, dict[str, int]] = {}
-        self._mean: tuple[int, dict[str, Tensor]] | None = None
+        self._tokens: dict[str, int] = {}
+        self._means = 0
+        self._mean: dict[str, Tensor] = {}
         self._clock = clock
         self._stepped_s: list[float] = []
 
@@ -129,61 +145,81 @@ class JointCalls:
         """Name the slots that keep the others waiting for more than a multiple of the median joint step.
 
         Args:
-            margin: How many times the median; nobody holds up a cohort that has not made three steps yet.
+            margin: How many times the median; nobody holds up a cohort that has not made three steps yet, and more than
+                half of it do not hold up the rest.
         """
+        now_s = self._clock()
         if len(self._stepped_s) < _STEPS_TO_GO_BY + 1:
             return set()
         took_s = [later - earlier for earlier, later in pairwise(self._stepped_s)]
-        waits_s = self._clock() - self._stepped_s[-1]
-        return self._barrier.missing() if waits_s > margin * median_high(took_s) else set()
+        missing = self._barrier.missing()
+        is_too_long = now_s - self._stepped_s[-1] > margin * median_high(took_s)
+        return missing if is_too_long and 2 * len(missing) <= len(self.slots) else set()
 
     def forward(self, call: TrunkForward, *, tokens: int = 0) -> Future[Tensor]:
         """Wait for the cohort, then run the forwards; for evaluation, at once."""
         if not call.trains:
-            return self._submit(lambda trainer: trainer.forward_together([call])[0])
-        self._tokens.setdefault(call.step, {})[call.slot] = max(tokens, 1)
-        return self._barrier.ask(("forward", call.step, call.micro_batch), call.slot, call)
+            return self._submit(lambda trainer: _only(trainer.forward_together([call])))
+        return self._ask(("forward", call.step, call.micro_batch), call.slot, (call, max(tokens, 1)))
 
     def backward(self, call: TrunkBackward) -> Future[Tensor | None]:
         """Wait for the cohort, then run the backwards, each by its client's share."""
-        return self._barrier.ask(("backward", call.step, call.micro_batch), call.slot, call)
+        return self._ask(("backward", call.step, call.micro_batch), call.slot, call)
 
     def step(self, slot: str, step: int, *, squared_norm: float | None = None) -> Future[Applied]:
         """Wait for the cohort, then apply the joint step."""
-        return self._barrier.ask(("step", step, 0), slot, squared_norm)
+        return self._ask(("step", step, 0), slot, squared_norm)
 
     def mean_gradient(
         self, slot: str, step: int, gradients: Mapping[str, Tensor], *, tokens: int
     ) -> Future[dict[str, Tensor]]:
         """Wait for the cohort, then give each the weighted mean, float32; asked again, it is given again."""
-        if self._mean is not None and self._mean[0] == step:
-            return _answered(self._mean[1])
+        if self._mean and step == self._means - 1 and slot in self.slots:
+            return _answered({name: self._mean[name] for name in gradients})
+        if step != self._means:
+            return _refused(f"Gradients of step {step} came; those of step {self._means} are due.")
         return self._barrier.ask(("mean", step, 0), slot, (gradients, max(tokens, 1)))
 
+    def restart(self, slot: str) -> bool:
+        """Take back what a client has asked; False if joint calls of it were run already."""
+        return self._barrier.restart(slot)
+
     def leave(self, slot: str) -> None:
-        """Go on without a client; the shares of the others in a step that has begun stay as they are."""
+        """Go on without a client; the shares of the others in a step that it had a forward in stay as they are."""
         self._barrier.leave(slot)
+
+    def close(self, error: LinkError) -> None:
+        """Fail every call that waits for others, and every one that would."""
+        self._barrier.close(error)
+
+    def _ask(self, key: Key, slot: str, argument: Any) -> Future[Any]:
+        kind, step, _ = key
+        if step != len(self._stepped_s):
+            return _refused(f"A {kind} of step {step} came; step {len(self._stepped_s)} is due.")
+        return self._barrier.ask(key, slot, argument)
 
     def _run(self, key: Key, slots: Sequence[str], asked: Sequence[Any]) -> Future[Any]:
         kind, step, _ = key
         if kind == "forward":
-            return self._submit(lambda trainer: trainer.forward_together(asked))
+            for slot, (_, tokens) in zip(slots, asked, strict=True):
+                self._tokens.setdefault(slot, tokens)
+            return self._submit(lambda trainer: trainer.forward_together([call for call, _ in asked]))
         if kind == "mean":
-            self._mean = step, _mean(asked)
-            return _answered([self._mean[1]] * len(slots))
+            self._means, self._mean = step + 1, _mean(asked)
+            return _answered([{name: self._mean[name] for name in gradients} for gradients, _ in asked])
         if kind == "backward":
-            calls = [replace(call, share=self._share(step, call.slot)) for call in asked]
+            calls = [replace(call, share=self._share(call.slot)) for call in asked]
             return self._submit(lambda trainer: trainer.backward_together(calls))
         others = None
         if any(norm is not None for norm in asked):
-            others = sum(self._share(step, slot) * (norm or 0.0) for slot, norm in zip(slots, asked, strict=True))
-        del self._tokens[step]
+            others = sum(self._share(slot) * (norm or 0.0) for slot, norm in zip(slots, asked, strict=True))
+        self._tokens.clear()
         self._stepped_s.append(self._clock())
         return self._submit(lambda trainer: [trainer.step_together(slots, step, others=others)] * len(slots))
 
-    def _share(self, step: int, slot: str) -> float:
-        tokens = self._tokens[step]
-        return tokens[slot] / sum(tokens.values())
+    def _share(self, slot: str) -> float:
+        """Give what a client counts for; without a forward in the step, that is nothing to be divided."""
+        return self._tokens[slot] / sum(self._tokens.values()) if slot in self._tokens else 1.0
 
 
 class FreeCalls(_NoCohort):
@@ -195,6 +231,11 @@ class FreeCalls(_NoCohort):
 
     Attributes:
         oldest: Largest age of a step that was applied.
+
+    Guarantees:
+        * No step is older than `Staleness.most` as it is applied.
+        * While the clients that have begun a step go on, no step waits for ever.
+        * A client that has left holds nobody up, whatever still comes from it.
     """
 
     def __init__(self, submit: Submit, staleness: Staleness) -> None:
@@ -203,31 +244,46 @@ class FreeCalls(_NoCohort):
         self._version = 0
         self._begun: dict[str, int] = {}
         self._waiting: dict[str, tuple[int, float | None, Future[Applied]]] = {}
+        self._left: set[str] = set()
+        self._closed: LinkError | None = None
         self.oldest = 0
 
     def forward(self, call: TrunkForward, *, tokens: int = 0) -> Future[Tensor]:
         """Run the forward with the adapter as it is."""
-        if call.trains:
+        if call.trains and call.slot not in self._left:
             self._begun.setdefault(call.slot, self._version)
-        return self._submit(lambda trainer: trainer.forward_together([call])[0])
+        return self._submit(lambda trainer: _only(trainer.forward_together([call])))
 
     def backward(self, call: TrunkBackward) -> Future[Tensor | None]:
         """Run the backward with the adapter of its forward."""
-        return self._submit(lambda trainer: trainer.backward_together([call])[0])
+        return self._submit(lambda trainer: _only(trainer.backward_together([call])))
 
     def step(self, slot: str, step: int, *, squared_norm: float | None = None) -> Future[Applied]:
         """Apply the step as soon as no other one becomes too old by it."""
-        answer: Future[Applied] = Future()
+        answer = open_answer()
+        if self._closed is not None or slot in self._left:
+            answer.set_exception(self._closed or _lost())
+            return answer
+        if slot in self._waiting:
+            self._waiting.pop(slot)[2].set_exception(_lost())
         self._waiting[slot] = step, squared_norm, answer
         self._run_those_that_may()
         return answer
 
     def leave(self, slot: str) -> None:
         """Wait for this client's step no longer."""
+        self._left.add(slot)
         self._begun.pop(slot, None)
         if slot in self._waiting:
-            self._waiting.pop(slot)[2].set_exception(RoundLost("The round goes on without this client."))
+            self._waiting.pop(slot)[2].set_exception(_lost())
         self._run_those_that_may()
+
+    def close(self, error: LinkError) -> None:
+        """Fail the steps that wait, and those that come."""
+        self._closed = error
+        waiting, self._waiting = self._waiting, {}
+        for _, _, answer in waiting.values():
+            answer.set_exception(type(error)(*error.args))
 
     def _run_those_that_may(self) -> None:
         while (slot := next((slot for slot in self._waiting if self._may_step(slot)), None)) is not None:
@@ -248,15 +304,35 @@ class FreeCalls(_NoCohort):
 
 
 def _mean(asked: Sequence[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
-    """Weigh gradients by tokens, in float64."""
-    total = sum(tokens for _, tokens in asked)
-    return {
-        name: torch.stack([gradients[name].double() * (tokens / total) for gradients, tokens in asked]).sum(0).float()
-        for name in asked[0][0]
-    }
+    """Weigh gradients by tokens, in float64; each one's mean is over those that have it."""
+    names = dict.fromkeys(name for gradients, _ in asked for name in gradients)
+    means = {}
+    for name in names:
+        given = [(gradients[name], tokens) for gradients, tokens in asked if name in gradients]
+        total = sum(tokens for _, tokens in given)
+        means[name] = torch.stack([gradient.double() * (tokens / total) for gradient, tokens in given]).sum(0).float()
+    return means
+
+
+def _only(answers: Sequence[T | ProtocolError]) -> T:
+    """Give the answer to a call that was made alone, or raise why it was refused."""
+    (answer,) = answers
+    if isinstance(answer, ProtocolError):
+        raise answer
+    return answer
 
 
 def _answered(value: T) -> Future[T]:
     answer: Future[T] = Future()
     answer.set_result(value)
     return answer
+
+
+def _refused(why: str) -> Future[Any]:
+    answer: Future[Any] = Future()
+    answer.set_exception(ProtocolError(why))
+    return answer
+
+
+def _lost() -> RoundLost:
+    return RoundLost("The round goes on without this agent; it takes part again when it is asked.")

@@ -1,12 +1,17 @@
 """A trunk adapter that is trained: its parameters, its optimiser, and versions that a backward can rely on."""
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from splitfed.config import TrainingSection
+from splitfed.errors import ProtocolError
 from splitfed.training.optimiser import StepOptimiser
+
+_LARGEST_SQUARED_NORM: Final = torch.finfo(torch.float32).max
+"""Beyond it AdamW's second moment overflows, and what it belongs to would never move again."""
 
 
 class TrunkAdapter:
@@ -67,11 +72,22 @@ class TrunkAdapter:
 
         Returns:
             The squared norm of the gradients, with ``others``.
+
+        Raises:
+            ProtocolError: If the gradients hold a NaN or an infinity, or are so large that the optimiser's moments
+                would; the adapter is as it was then.
         """
         for name, parameter in self._parameters.items():
             parameter.grad = gradients.get(name)
         self._optimiser.pull_to_start()
-        squared_norm = self._optimiser.squared_norm() + (others or 0.0)
+        own_squared_norm = self._optimiser.squared_norm()
+        if not own_squared_norm <= _LARGEST_SQUARED_NORM:
+            self._optimiser.clear_gradients()
+            raise ProtocolError(
+                f"The trunk's gradients have the squared norm {own_squared_norm}, and were not applied; lower the "
+                "learning rate."
+            )
+        squared_norm = own_squared_norm + (others or 0.0)
         self._optimiser.step(step_in_run, rate=rate, squared_norm=squared_norm)
         self.version += 1
         self._version_tensors = None

@@ -173,29 +173,34 @@ class TrunkTrainer:
         call = TrunkForward(
             slot, step, micro_batch, smashed_BTD, attention_mask_BT, position_ids_BT, trains, wants_smashed_gradient
         )
-        return self.forward_together([call])[0]
+        (output_BTD,) = self.forward_together([call])
+        if isinstance(output_BTD, ProtocolError):
+            raise output_BTD
+        return output_BTD
 
-    def forward_together(self, calls: Sequence[TrunkForward]) -> list[Tensor]:
+    def forward_together(self, calls: Sequence[TrunkForward]) -> list[Tensor | ProtocolError]:
         """Run the trunk for several clients, in one pass where adapter, blocks and shape are the same.
 
         Args:
             calls: One of each client, in an order that does not depend on who came first.
 
         Returns:
-            A trunk output for each call, shape [B, T, D].
-
-        Raises:
-            ProtocolError: As for `forward`; nothing was run then.
+            For each call a trunk output, shape [B, T, D], or why this call was refused: then it was not run, and the
+            others were run without it.
         """
         passes: dict[tuple[object, ...], list[int]] = {}
+        outputs: dict[int, Tensor | ProtocolError] = {}
         for index, call in enumerate(calls):
-            slot = self._slot(call.slot)
-            if call.trains:
-                slot.check_forward(call)
+            try:
+                slot = self._slot(call.slot)
+                if call.trains:
+                    slot.check_forward(call)
+            except ProtocolError as error:
+                outputs[index] = error
+                continue
             parts = call.attention_mask_BT is None, call.position_ids_BT is None, call.trains
             key = (id(slot.trunk), id(slot.adapter), *call.smashed_BTD.shape[1:], *parts)
             passes.setdefault(key, []).append(index)
-        outputs: dict[int, Tensor] = {}
         for together in passes.values():
             outputs.update(zip(together, self._forward_pass([calls[index] for index in together]), strict=True))
         return [outputs[index] for index in range(len(calls))]
@@ -209,27 +214,32 @@ class TrunkTrainer:
         Raises:
             ProtocolError: If there is no such forward, or its shape differs.
         """
-        return self.backward_together([TrunkBackward(slot, step, micro_batch, output_gradient_BTD)])[0]
+        (gradient_BTD,) = self.backward_together([TrunkBackward(slot, step, micro_batch, output_gradient_BTD)])
+        if isinstance(gradient_BTD, ProtocolError):
+            raise gradient_BTD
+        return gradient_BTD
 
-    def backward_together(self, calls: Sequence[TrunkBackward]) -> list[Tensor | None]:
+    def backward_together(self, calls: Sequence[TrunkBackward]) -> list[Tensor | ProtocolError | None]:
         """Run the trunk's backward and gather the adapter's gradients, in one pass for forwards that were in one.
 
         Args:
             calls: One of each client, in an order that does not depend on who came first.
 
         Returns:
-            For each call the smashed gradient, shape [B, T, D], if the forward asked for it.
-
-        Raises:
-            ProtocolError: As for `backward`; nothing was run then.
+            For each call the smashed gradient, shape [B, T, D], if the forward asked for it, or why this call was
+            refused: then it was not run, and the others were run without it.
         """
-        for call in calls:
-            self._slot(call.slot).check_backward(call)
         passes: dict[int, list[tuple[int, Pending]]] = {}
+        gradients: dict[int, Tensor | ProtocolError | None] = {}
         for index, call in enumerate(calls):
-            pending = self._slot(call.slot).pending.pop((call.step, call.micro_batch))
+            try:
+                slot = self._slot(call.slot)
+                slot.check_backward(call)
+            except ProtocolError as error:
+                gradients[index] = error
+                continue
+            pending = slot.pending.pop((call.step, call.micro_batch))
             passes.setdefault(pending.together, []).append((index, pending))
-        gradients: dict[int, Tensor | None] = {}
         for together in passes.values():
             asked = [(calls[index], pending) for index, pending in together]
             found = self._backward_pass(asked)
@@ -249,13 +259,14 @@ class TrunkTrainer:
             others: Squared norm of the gradients of the client's own segments, where one norm is taken over all.
 
         Raises:
-            ProtocolError: If it is not the next step, or forwards wait for their backwards.
+            ProtocolError: If it is not the next step, forwards wait for their backwards, or the gradients are not
+                finite: then they are forgotten.
         """
         state = self._slot(slot)
         state.check_step(step)
         factor = 1.0 if rate is None else rate(state.adapter.version - state.version)
-        squared_norm = state.adapter.apply(state.gradients, state.step_in_run, rate=factor, others=others)
-        state.gradients.clear()
+        gradients = _taken(state.gradients)
+        squared_norm = state.adapter.apply(gradients, state.step_in_run, rate=factor, others=others)
         state.steps += 1
         return Applied(state.adapter.version, squared_norm)
 
@@ -268,14 +279,14 @@ class TrunkTrainer:
             others: Squared norm of the gradients of the clients' own segments, where one norm is taken over all.
 
         Raises:
-            ProtocolError: If it is not the next step of one of them, or a forward waits for its backward.
+            ProtocolError: If it is not the next step of one of them, a forward waits for its backward, or the gradients
+                are not finite: then they are forgotten.
         """
         states = [self._slot(slot) for slot in slots]
         for state in states:
             state.check_step(step)
         first = states[0]
-        squared_norm = first.adapter.apply(first.gradients, first.step_in_run, others=others)
-        first.gradients.clear()
+        squared_norm = first.adapter.apply(_taken(first.gradients), first.step_in_run, others=others)
         for state in states:
             state.steps += 1
         return Applied(first.adapter.version, squared_norm)
@@ -326,8 +337,11 @@ class TrunkTrainer:
             }
         return self._local_names[trunk]
 
-    def _forward_pass(self, calls: Sequence[TrunkForward]) -> list[Tensor]:
-        """Run calls of one adapter, trunk and shape; dropout follows the first one's random stream."""
+    def _forward_pass(self, calls: Sequence[TrunkForward]) -> list[Tensor | ProtocolError]:
+        """Run calls of one adapter, trunk and shape; dropout follows the first one's random stream.
+
+        What is not finite in one's rows would be in everyone's gradients: the pass is run again without that one.
+        """
         slots = [self._slot(call.slot) for call in calls]
         call, slot = calls[0], slots[0]
         smashed = [each.smashed_BTD.detach().to(self._parameter.device, self._parameter.dtype) for each in calls]
@@ -351,6 +365,8 @@ class TrunkTrainer:
                 },
             )
             outputs = output_NTD.split([len(each) for each in smashed]) if len(calls) > 1 else [output_NTD]
+        if len(calls) > 1 and call.trains and not torch.isfinite(output_NTD.detach()).all():
+            return self._forward_pass_of_finite(calls, [bool(torch.isfinite(each).all()) for each in outputs])
         if call.trains:
             self._passes += 1
             for each, state, smashed_BTD, output_BTD in zip(calls, slots, smashed, outputs, strict=True):
@@ -358,6 +374,22 @@ class TrunkTrainer:
                     state.version = state.adapter.version
                 state.pending[each.step, each.micro_batch] = Pending(tensors, smashed_BTD, output_BTD, self._passes)
         return [output_BTD.detach() for output_BTD in outputs]
+
+    def _forward_pass_of_finite(
+        self, calls: Sequence[TrunkForward], is_finite: Sequence[bool]
+    ) -> list[Tensor | ProtocolError]:
+        """Run the calls whose output is finite, and refuse the others."""
+        kept = [call for call, is_kept in zip(calls, is_finite, strict=True) if is_kept]
+        outputs = iter(self._forward_pass(kept) if kept else [])
+        return [
+            next(outputs)
+            if is_kept
+            else ProtocolError(
+                f"The trunk output of {self._slot(call.slot).client!r} in step {call.step} is not finite; lower the "
+                "learning rate."
+            )
+            for call, is_kept in zip(calls, is_finite, strict=True)
+        ]
 
     def _backward_pass(self, together: Sequence[tuple[TrunkBackward, Pending]]) -> list[Tensor | None]:
         """Go back through forwards of one pass; gather the adapter's gradients, give the smashed ones."""
@@ -382,6 +414,13 @@ class TrunkTrainer:
         if slot not in self._slots:
             raise ProtocolError("This round has not been opened, or was opened again elsewhere.")
         return self._slots[slot]
+
+
+def _taken(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take what was gathered out of where it was gathered."""
+    taken = dict(gradients)
+    gradients.clear()
+    return taken
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
