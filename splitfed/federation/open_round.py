@@ -84,6 +84,11 @@ class OpenRound:
             self.asked[client].start(now_s)
         return started
 
+    @property
+    def taken_out(self) -> set[str]:
+        """Those that it goes on without, whatever they do."""
+        return set(self._out)
+
     def may_start(self, client: str) -> bool:
         """Say whether a member is asked to take part, and it is its turn."""
         return (
@@ -130,6 +135,10 @@ class OpenRound:
         self._cut_off.update(late)
         return late
 
+    def can_spare(self, client: str, here: set[str]) -> bool:
+        """Say whether the quorum can be met without a member's update."""
+        return len((self.submitted | self.waits_for(here)) - {client}) >= max(self.policy.quorum, 1)
+
     def take_out(self, client: str, here: set[str]) -> bool:
         """Go on without a member that cannot take part any more, whatever it does.
 
@@ -137,7 +146,7 @@ class OpenRound:
             False if the quorum cannot be met then: the round has to begin again.
         """
         self._out.add(client)
-        return len(self.submitted | self.waits_for(here)) >= max(self.policy.quorum, 1)
+        return self.can_spare(client, here)
 
     def is_complete(self, here: set[str]) -> bool:
         """Say whether it has every update that it waits for, and its quorum."""
@@ -149,10 +158,10 @@ class OpenRound:
         return is_full or not self.waits_for(here)
 
     def close(self, here: set[str]) -> set[str]:
-        """Take no more updates; gives those that are here and may have started, and are not done."""
+        """Take no more updates; gives those that are here and may have started, are not done and were not taken out."""
         self.is_closed = True
         started = {client for client, pace in self.asked.items() if pace.started_s is not None}
-        return (here & started) - self.submitted
+        return (here & started) - self.submitted - self._out
 
     def _next_needed(self, here: set[str]) -> str | None:
         """Give the next in the ranking, if there is one and it is needed."""

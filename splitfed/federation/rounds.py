@@ -119,6 +119,11 @@ class Rounds:
         return {} if self._round is None else dict(self._round.replaced)
 
     @property
+    def taken_out(self) -> list[str]:
+        """Members that the open round goes on without because they lost their place in it, in the order of names."""
+        return [] if self._round is None else sorted(self._round.taken_out - self._round.submitted)
+
+    @property
     def late(self) -> list[str]:
         """Members that are at work on the open round, which was closed without them, in the order of names."""
         return sorted(self._late.closed_without)
@@ -279,6 +284,10 @@ class Rounds:
         late = self._round.cut_off_stragglers(self._free(), self._look(now_s))
         self._ask(now_s)
         return late
+
+    def can_spare(self, client: str) -> bool:
+        """Say whether the open round can have its quorum without a member's update."""
+        return self._round is not None and self._round.can_spare(client, self._free())
 
     def take_out(self, client: str, now_s: float) -> bool:
         """Go on without a member that lost its place in the open round; it takes part in the next one.

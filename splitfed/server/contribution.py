@@ -71,12 +71,14 @@ def happenings(rounds: Rounds) -> dict[str, Collection[str]]:
 
     Returns:
         Any of ``selected`` (who was asked, in a run with a cohort), ``replaced`` (who went, and who was asked instead),
-        ``late`` (whom the round was closed without), ``dropped`` (whose late update was given up in this round), and
-        ``merged`` (whose late update is in this round, and the round that it was made in).
+        ``taken_out`` (who had no place in the round's joint steps, or lost it), ``late`` (whom the round was closed
+        without), ``dropped`` (whose late update was given up in this round), and ``merged`` (whose late update is in
+        this round, and the round that it was made in).
     """
     said: dict[str, Collection[str]] = {
         "selected": rounds.selected if rounds.policy.cohort is not None else [],
         "replaced": rounds.replaced,
+        "taken_out": rounds.taken_out,
         "late": rounds.late,
         "dropped": rounds.dropped,
         "merged": rounds.merged,

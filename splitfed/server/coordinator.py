@@ -17,6 +17,7 @@ from torch import Tensor
 from splitfed.config import ServerConfig
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
 from splitfed.federation import Phase, RoundPolicy, Rounds, Update, at_rank, make_aggregator, merged, trained_factors
+from splitfed.federation.pace import WatchedClock
 from splitfed.federation.variants import variant_of
 from splitfed.models.factors import factor_of
 from splitfed.server.contribution import Contribution, happenings, metrics_line
@@ -94,6 +95,7 @@ class Coordinator:
         self._export = export
         self._worker = worker
         self._clock = clock
+        self._watched = WatchedClock(_LONGEST_LOOK_S)
         self._sessions: dict[str, MemberSession] = {}
         self._late_bases: dict[str, dict[str, Tensor]] = {}
         self._contributions: dict[str, Contribution] = {}
@@ -205,8 +207,7 @@ class Coordinator:
             _log.warning("nobody is here; the run waits for an agent to come back")
         self._note_opening(was_open)
         session = self._sessions.pop(client, None)
-        if session is not None:
-            self._trunk_round.leave(client, session.slot)
+        self._trunk_round.leave(self._trunk_round.slot(client, b"") if session is None else session.slot)
         await self._tell()
         if session is not None:
             await asyncio.shield(self._engine.empty(session.slot))  # even if the agent no longer waits for an answer
@@ -251,32 +252,12 @@ class Coordinator:
     async def open_session(self, client: str, round: int, token: bytes) -> TrainSession:
         """Start a client's round from its beginning, or find the session where its stream broke.
 
+        What was begun is finished even if the client no longer waits for an answer: its next call then finds it.
+
         Raises:
             RoundLost: If that round is not open, goes on without this client, or the session is not known.
         """
-        session = self._sessions.get(client)
-        if self.is_draining:
-            raise RoundLost("The server is shutting down; come back when it is up again.")
-        if not self._goes_on(client, round):
-            raise self._over(client, round)
-        if self.rounds.has_submitted(client) and round == self.rounds.current:
-            raise RoundLost(f"The update of {client!r} for round {round} is already here.")
-        if self.rounds.has_left(client):
-            raise RoundLost(f"{client!r} left the run; join again.")
-        if token:
-            if session is None or session.token != token:
-                raise RoundLost("The server does not know this session; start the round again.")
-            return session
-        self.rounds.progress(client, self._clock(), steps=0)
-        if not self.rounds.may_start(client):
-            raise RoundLost(f"{client!r} has no part in round {round} now; it waits until it is asked.")
-        if session is not None:
-            await self._end(session)
-            if self._variant.steps_jointly and session.next_number and session.round == round:
-                await self._take_out(client)
-        session = await self._new_session(client, round)
-        self.rounds.progress(client, self._clock())
-        return session
+        return await asyncio.shield(self._open_session(client, round, token))
 
     def is_current(self, session: TrainSession) -> bool:
         """Say whether a session is still its client's own."""
@@ -316,21 +297,16 @@ class Coordinator:
             RoundLost: If the round goes on without this client.
             ProtocolError: If gradients are not merged at every step in this run, or these are not finite.
         """
-        session, joint = self._sessions.get(client), self._trunk_round.joint
         if self.config.federation.merge_ends != "step":
             raise ProtocolError("This run does not merge bottom and top at every step.")
-        if session is None or joint is None or session.round != round:
+        session = self._sessions.get(client)
+        if session is None or session.round != round:
             raise self._over(client, round)
         if not 0 < tokens <= self._limits.sequences * self._limits.tokens:
             raise ProtocolError(f"Gradients of {tokens} tokens do not come from one of this run's steps.")
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
             raise ProtocolError(f"The gradients of {client!r} are not finite; lower the learning rate.")
-        session.is_answering = True
-        try:
-            mean = joint.mean_gradient(session.slot, step, gradients, tokens=tokens)
-            return await asyncio.shield(asyncio.wrap_future(mean))
-        finally:
-            session.is_answering = False
+        return await session.mean_gradient(step, gradients, tokens=tokens)
 
     async def tick(self) -> None:
         """Look at the clock: leave out members that were silent for too long, or are too slow for the round.
@@ -357,9 +333,7 @@ class Coordinator:
                     client,
                     self.config.federation.straggler_margin,
                 )
-            for client in self._that_hold_up_joint_steps():
-                _log.warning("round %d goes on without %s: its joint steps wait for it", self.rounds.current, client)
-                await self._take_out(client)
+            await self._go_on_with_joint_steps()
             self._note_opening(was_open)
             await self._end_lost_parts()
             await self._close_round_if_complete()
@@ -378,12 +352,38 @@ class Coordinator:
     async def drain(self) -> None:
         """Take no more work, and tell everyone who watches."""
         self.is_draining = True
+        self._trunk_round.close(ServerUnreachable("The server is shutting down; come back when it is up again."))
         await self._tell()
 
     async def wait_for_end(self) -> None:
         """Wait until the run is over and every member knows."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.has_ended)
+
+    async def _open_session(self, client: str, round: int, token: bytes) -> TrainSession:
+        async with self._closing:
+            session = self._sessions.get(client)
+            if self.is_draining:
+                raise RoundLost("The server is shutting down; come back when it is up again.")
+            if not self._goes_on(client, round):
+                raise self._over(client, round)
+            if self.rounds.has_submitted(client) and round == self.rounds.current:
+                raise RoundLost(f"The update of {client!r} for round {round} is already here.")
+            if self.rounds.has_left(client):
+                raise RoundLost(f"{client!r} left the run; join again.")
+            if token:
+                if session is None or session.token != token:
+                    raise RoundLost("The server does not know this session; start the round again.")
+                return session
+            self.rounds.progress(client, self._clock(), steps=0)
+            if not self.rounds.may_start(client):
+                raise RoundLost(f"{client!r} has no part in round {round} now; it waits until it is asked.")
+            if session is not None and self._trunk_round.restart(session.slot):
+                del self._sessions[client]
+                await self._engine.empty(session.slot)
+            elif session is not None:
+                await self._take_out(client)
+            return await self._new_session(client, round)
 
     async def _new_session(self, client: str, round: int) -> MemberSession:
         trunk_round, token = self._trunk_round, new_token()
@@ -406,42 +406,62 @@ class Coordinator:
         )
         session.why_over = lambda: None if self.is_current(session) else self._over(client, round)
         session.on_steps = lambda steps: self.rounds.progress(client, self._clock(), steps=steps)
+        session.on_refused = lambda: self._refused(session)
+        if not self.rounds.may_start(client):  # it left meanwhile
+            await self._end(session)
+            raise self._over(client, round)
         self._sessions[client] = session
+        self.rounds.progress(client, self._clock())
         return session
 
     async def _end(self, session: MemberSession) -> None:
         """Forget a session, and what the trunk has of it."""
         if self.is_current(session):
             del self._sessions[session.client]
-        if not self._variant.steps_jointly or session.next_number:
-            self._trunk_round.leave(session.client, session.slot)
+        self._trunk_round.leave(session.slot)
         await self._engine.empty(session.slot)
 
-    async def _take_out(self, client: str) -> None:
-        """Go on without a client whose place in the round's joint steps is lost, or begin the round again.
+    async def _refused(self, session: MemberSession) -> None:
+        """Let others wait no longer for what a member asks wrongly; the next tick takes it out of joint steps."""
+        if self._variant.shares_adapter and self.is_current(session):
+            self._trunk_round.leave(session.slot)
 
-        Raises:
-            RoundLost: If it has begun again.
+    async def _take_out(self, client: str) -> bool:
+        """Go on without a client whose place in the round's joint steps is lost.
+
+        Returns:
+            False if too few are left: the round has begun again, for everyone.
         """
         session = self._sessions.get(client)
         if session is not None:
             await self._end(session)
-        if not self.rounds.take_out(client, self._clock()):
+        goes_on = self.rounds.take_out(client, self._clock())
+        if not goes_on:
             _log.warning("round %d begins again: too few are left to finish it", self.rounds.current)
-            self._trunk_round.abort()
+            self._trunk_round.close(RoundLost(f"Round {self.rounds.current} begins again: too few are left in it."))
             before = list(self._sessions.values())
             self._begin_round()
             for each in before:
                 await self._engine.empty(each.slot)
         await self._tell()
+        return goes_on
 
-    def _that_hold_up_joint_steps(self) -> list[str]:
-        """Name those that keep a joint step waiting for longer than the run's margin allows."""
-        margin, joint = self.config.federation.straggler_margin, self._trunk_round.joint
-        if margin is None or joint is None:
-            return []
-        slots = joint.holding_up(margin)
-        return [client for client in self.rounds.members if self._trunk_round.slot(client, b"") in slots]
+    async def _go_on_with_joint_steps(self) -> None:
+        """Take those out that have lost their place in joint steps, or keep the others waiting for too long."""
+        joint, margin = self._trunk_round.joint, self.config.federation.straggler_margin
+        if joint is None:
+            return
+        slow = set() if margin is None else joint.holding_up(margin)
+        for client in self.rounds.working:
+            slot = self._trunk_round.slot(client, b"")
+            if slot not in joint.slots and client in self._sessions:
+                _log.warning("round %d goes on without %s: it asked what was not due", self.rounds.current, client)
+            elif slot in slow and self.rounds.can_spare(client):
+                _log.warning("round %d goes on without %s: its joint steps wait for it", self.rounds.current, client)
+            else:
+                continue
+            if not await self._take_out(client):
+                return
 
     def _goes_on(self, client: str, round: int) -> bool:
         """Say whether a round is open, or a late update of it is still waited for."""
@@ -470,10 +490,9 @@ class Coordinator:
             is_over = not self.rounds.may_start(client) and not self.rounds.is_counted(client, session.round)
             if is_over or client not in self.rounds.present:
                 await self._end(session)
-        joint = self._trunk_round.joint
-        if joint is not None:
+        if self._trunk_round.joint is not None:
             for client in set(self.rounds.members) - set(self.rounds.working):
-                self._trunk_round.leave(client, self._trunk_round.slot(client, b""))
+                self._trunk_round.leave(self._trunk_round.slot(client, b""))
 
     def _note_opening(self, was_open: bool) -> None:
         if self.rounds.phase is Phase.OPEN and not was_open:
@@ -491,12 +510,13 @@ class Coordinator:
             round=number,
             attempt=self._begun,
             trained=frozenset(name for name in base if factor_of(name) in factors),
-            clock=self._clock,
+            clock=lambda: self._watched.look(self._clock()),
         )
         self._begun += 1
         self._held: dict[str, Mapping[str, Tensor]] = {}
         self._aggregator.begin(base, number)
         self._contributions = {}
+        self._counted = dict(self._state.counted)
         self._sessions = {c: session for c, session in self._sessions.items() if self.rounds.lateness(c) is not None}
         self._late_bases = {client: self._late_bases[client] for client in self._sessions}
         self._round_started_s = self._clock()
@@ -515,16 +535,19 @@ class Coordinator:
                 raise self._over(client, round)
             self.rounds.progress(client, self._clock())
             session = self._sessions.get(client)
-            steps = 0 if session is None else await self._engine.steps_done(session.slot)
-            if session is None or steps != self.config.training.local_steps:
+            if session is None or session.round != round:
+                raise self._over(client, round)
+            steps = await self._engine.steps_done(session.slot)
+            if steps != self.config.training.local_steps:
                 raise ProtocolError(
                     f"{client!r} sent its update after {steps} of {self.config.training.local_steps} local steps."
                 )
-            trunk = await self._trunk_round.take(client, session.slot)
-            if not self.rounds.expects(client, round):
+            taken = await self._trunk_round.take(client, session.slot)
+            if not self.rounds.expects(client, round) or not self.is_current(session):
                 raise self._over(client, round)
             own_base = self._late_bases[client] if round < self.rounds.current else None
-            self._hold_or_add(client, trunk, ends, own_base)
+            self._hold_or_add(client, taken.adapter, ends, own_base)
+            self._trunk_round.keep(client, taken)
             self.rounds.submit(client, round, self._clock())
             self._counted[client] = round
             counted = self._contributions.setdefault(client, Contribution())
@@ -546,7 +569,7 @@ class Coordinator:
         if not self.rounds.is_complete():
             return
         self.rounds.close()
-        self._trunk_round.abort()
+        self._trunk_round.close(RoundLost(f"Round {self.rounds.current} is over; wait for the next one."))
         shared = await self._trunk_round.result()
         adapter, notes = await self._off_loop(lambda: self._aggregated(shared))
         state = RunState(
@@ -574,7 +597,7 @@ class Coordinator:
         self._late_bases = {client: self._late_bases.get(client, base) for client in before}
         self._begin_round()
         for client, session in before.items():
-            if client not in self._sessions:
+            if self._sessions.get(client) is not session:
                 await self._engine.empty(session.slot)
         _log.info("round %d of %d is written (%.1f s)", state.round, self.rounds.rounds, seconds)
         for what, who in happened.items():
@@ -589,19 +612,30 @@ class Coordinator:
         ends: Mapping[str, Tensor],
         own_base: Mapping[str, Tensor] | None,
     ) -> None:
-        """Count a client's update, or keep it until it is known what the shared trunk has trained on its behalf."""
-        if self._variant.shares_adapter:
-            self._held[client] = ends
-            return
+        """Count a client's update, or keep it until it is known what the shared trunk has trained on its behalf.
+
+        Raises:
+            ProtocolError: If it cannot be averaged; what is kept is tried as well, as its client would not hear later.
+        """
         of_trunk = {
             name: trunk[name] for name in trunk if self._variant.averages_trunk or name in self.devices.contested
         }
         try:
-            if of_trunk or ends:
+            if self._variant.shares_adapter:
+                self._try(client, ends)
+                self._held[client] = ends
+            elif of_trunk or ends:
                 update = Update({**of_trunk, **ends}, self.rounds.weight(client), own_base)
                 self._aggregator.add(client, update)
         except ValueError as error:
             raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
+
+    def _try(self, client: str, ends: Mapping[str, Tensor]) -> None:
+        """Check an update by the run's rule, and count nothing."""
+        if ends:
+            trial = make_aggregator(self._rule, self.config.lora.rank)
+            trial.begin({**self._state.trunk, **self._state.ends}, self.rounds.current)
+            trial.add(client, Update(ends, self.rounds.weight(client)))
 
     def _aggregated(self, shared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Give what the round's updates come to.

@@ -80,6 +80,6 @@ class _Happenings(Collector):
         family = CounterMetricFamily(
             "splitfed_agents_out_of_step", "Agents late, dropped, merged or replaced in a round", labels=["what"]
         )
-        for what in ("late", "dropped", "merged", "replaced"):
+        for what in ("late", "dropped", "merged", "replaced", "taken_out"):
             family.add_metric([what], self._coordinator.happened[what])
         yield family

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ from splitfed.transport.tensors import (
 )
 
 _SESSION_BYTES = 16
+
+LARGEST_VALUE: Final = 2.0**40
+"""No hidden vector, and no gradient of one, is anywhere near; in float32 its squares and their sums still are finite,
+so that no client's values become infinities in a pass that others share."""
 
 R = TypeVar("R")
 
@@ -97,12 +101,16 @@ class Operation:
         """Decode the request's tensor, shape [B, T, D].
 
         Raises:
-            ProtocolError: If its payload is damaged, or holds a NaN or an infinity.
+            ProtocolError: If its payload is damaged, or holds a NaN, an infinity or what is beyond all bounds.
         """
         assert self._incoming is not None
         tensor = self._incoming.decode()
         if not torch.isfinite(tensor).all():
             raise ProtocolError(f"Request {self.number} holds a NaN or an infinity; nothing was done with it.")
+        if (tensor.abs() > LARGEST_VALUE).any():
+            raise ProtocolError(
+                f"Request {self.number} holds a value beyond {LARGEST_VALUE:.0f}; lower the learning rate."
+            )
         return tensor
 
 
@@ -178,6 +186,10 @@ class TrainSession:
             self._on_progress()
             return messages
 
+    def _trunk(self) -> TrunkCalls:
+        """Give what runs the trunk, right before something is asked of it."""
+        return self._calls
+
     async def _apply(self, operation: Operation) -> tuple[training_pb2.TrainReply, list[bytes]]:
         if operation.body == "forward":
             return await self._forward(operation)
@@ -201,7 +213,7 @@ class TrainSession:
             trains=forward.kind == training_pb2.KIND_TRAIN,
             wants_smashed_gradient=forward.wants_smashed_gradient,
         )
-        output_BTD = await asyncio.wrap_future(self._calls.forward(call, tokens=forward.step_tokens))
+        output_BTD = await asyncio.wrap_future(self._trunk().forward(call, tokens=forward.step_tokens))
         tensor, chunks = await self._encode(output_BTD, self.codecs.trunk_output)
         return training_pb2.TrainReply(trunk_output=training_pb2.TrunkOutput(trunk_output=tensor)), chunks
 
@@ -209,7 +221,7 @@ class TrainSession:
         backward = operation.request.backward
         output_gradient_BTD = await self._off_loop(operation.tensor)
         call = TrunkBackward(self.slot, backward.step, backward.micro_batch, output_gradient_BTD)
-        gradient_BTD = await asyncio.wrap_future(self._calls.backward(call))
+        gradient_BTD = await asyncio.wrap_future(self._trunk().backward(call))
         if gradient_BTD is None:
             return training_pb2.TrainReply(smashed_gradient=training_pb2.SmashedGradient()), []
         tensor, chunks = await self._encode(gradient_BTD, self.codecs.smashed_gradient)
@@ -219,7 +231,7 @@ class TrainSession:
         squared_norm = request.squared_norm if request.HasField("squared_norm") else None
         if squared_norm is not None and not 0 <= squared_norm < math.inf:
             raise ProtocolError(f"The gradients of {self.client!r} have the squared norm {squared_norm}.")
-        applied = await asyncio.wrap_future(self._calls.step(self.slot, request.step, squared_norm=squared_norm))
+        applied = await asyncio.wrap_future(self._trunk().step(self.slot, request.step, squared_norm=squared_norm))
         return training_pb2.TrainReply(
             stepped=training_pb2.Stepped(adapter_version=applied.version, squared_norm=applied.squared_norm)
         )

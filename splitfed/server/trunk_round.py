@@ -3,18 +3,33 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from splitfed.config import FederationSection
-from splitfed.errors import RoundLost
+from splitfed.errors import LinkError, ProtocolError, RoundLost
 from splitfed.federation.variants import Staleness, Variant
 from splitfed.server.engine import Engine
 from splitfed.training.together import FreeCalls, JointCalls, OwnCalls, TrunkCalls
 
 SHARED: Final = "(shared)"
 """Owner of an adapter and an optimiser that belong to no client; no client can have this name."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What the trunk has trained on a client's behalf, and nobody else has yet.
+
+    Attributes:
+        adapter: The trunk adapter that it leaves; empty where clients share one.
+        optimiser: Its optimiser's state.
+    """
+
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    optimiser: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TrunkRound:
@@ -100,36 +115,44 @@ class TrunkRound:
         )
         return self._calls
 
-    def leave(self, client: str, slot: str) -> None:
-        """Wait for a client no longer."""
+    def restart(self, slot: str) -> bool:
+        """Take back what was asked for a slot that is to be filled anew; False if its place in joint steps is lost."""
+        return self._calls is None or self._calls.restart(slot)
+
+    def leave(self, slot: str) -> None:
+        """Wait for a slot no longer."""
         if self._calls is not None:
             self._calls.leave(slot)
 
-    def abort(self) -> None:
-        """End everyone's part: the round begins again, or is over."""
-        if self.joint is not None:
-            for slot in list(self.joint.slots):
-                self.joint.leave(slot)
+    def close(self, error: LinkError) -> None:
+        """Let nobody wait for anybody any more: the round is over, begins again, or the server shuts down."""
+        if self._calls is not None:
+            self._calls.close(error)
 
-    async def take(self, client: str, slot: str) -> dict[str, Tensor]:
-        """Give what the trunk has trained on a client's behalf.
+    async def take(self, client: str, slot: str) -> Taken:
+        """Copy what the trunk has trained on a client's behalf; until it is kept, nothing comes of it.
 
         Args:
             client: The client, whose update is here.
             slot: Its slot.
 
-        Returns:
-            The adapter of its blocks, after its round; empty where clients train one at the same time.
+        Raises:
+            ProtocolError: If the next one in turn could not go on from it.
         """
         if self._variant.shares_adapter:
-            return {}
+            return Taken()
         adapter, optimiser = await self._engine.snapshot(slot)
-        if not self._variant.takes_turns:
-            self.optimisers[client] = optimiser
-            return adapter
-        self._adapter |= adapter
-        self.optimisers.setdefault(SHARED, {}).update(optimiser)
-        return adapter
+        if self._variant.takes_turns and not all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values()):
+            raise ProtocolError(f"The trunk adapter that {client!r} leaves is not finite; lower the learning rate.")
+        return Taken(adapter, optimiser)
+
+    def keep(self, client: str, taken: Taken) -> None:
+        """Go on from what was taken of a client whose update is counted."""
+        if self._variant.takes_turns:
+            self._adapter |= taken.adapter
+            self.optimisers.setdefault(SHARED, {}).update(taken.optimiser)
+        elif not self._variant.shares_adapter:
+            self.optimisers[client] = taken.optimiser
 
     async def result(self) -> dict[str, Tensor]:
         """Give the trunk adapter that the round leaves, where it is not a mean of copies; empty where it is."""

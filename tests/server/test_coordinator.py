@@ -202,8 +202,9 @@ async def test_an_update_before_all_local_steps_is_refused_and_not_counted(run: 
 
 async def test_an_update_without_a_session_is_refused(run: Run) -> None:
     await run.join("a", "b")
-    with pytest.raises(ProtocolError, match="after 0 of 2 local steps"):
+    with pytest.raises(RoundLost, match="Round 1 goes on without this session of 'a'; wait until it is asked again"):
         await run.submit("a")
+    assert run.coordinator.rounds.submitted == []
 
 
 async def test_an_update_that_comes_again_is_not_counted_again(run: Run) -> None:
@@ -374,19 +375,21 @@ async def test_a_member_that_comes_back_while_the_round_is_written_joins_the_nex
 
 
 async def test_a_session_that_opens_while_the_last_round_is_cleared_away_is_kept(run: Run) -> None:
-    opened: list[TrainSession] = []
+    opening: list[asyncio.Task[TrainSession]] = []
     empty = run.engine.empty
 
     async def open_meanwhile(slot: str) -> None:
-        if not opened:
-            opened.append(await run.coordinator.open_session("a", 2, b""))
+        if not opening:
+            opening.append(asyncio.create_task(run.coordinator.open_session("a", 2, b"")))
+            await asyncio.sleep(0)
         await empty(slot)
 
     await run.join("a", "b")
     run.engine.empty = open_meanwhile  # type: ignore[method-assign]
     await run.finish_round("a", "b")
-    assert run.coordinator.is_current(opened[0])
-    assert list(run.engine.states) == [opened[0].slot]
+    session = await opening[0]
+    assert run.coordinator.is_current(session)
+    assert list(run.engine.states) == [session.slot]
 
 
 async def test_a_watcher_sees_where_the_run_stands_after_every_change(run: Run) -> None:

@@ -187,9 +187,18 @@ async def test_a_large_answer_comes_in_chunks_under_its_number(worker: ThreadPoo
 
 
 async def test_a_result_that_cannot_be_encoded_ends_the_round_with_a_reason(worker: ThreadPoolExecutor) -> None:
-    round = open_round(worker, codecs=LinkCodecs(NONE, get_codec("int8"), NONE, NONE))
+    round = open_round(worker, codecs=LinkCodecs(NONE, get_codec("fp16"), NONE, NONE))
     with pytest.raises(ProtocolError, match=r"trunk's result cannot be sent.*lower the learning rate"):
-        await round.ask(forward(0, torch.full((1, 1, D), torch.finfo(torch.float32).max)))
+        await round.ask(forward(0, torch.full((1, 1, D), 1e6)))
+
+
+@pytest.mark.parametrize("ask", [forward, backward])
+async def test_a_value_beyond_all_bounds_is_refused_before_the_trunk_sees_it(round: Round, ask: Any) -> None:
+    beyond = torch.full((1, 1, D), torch.finfo(torch.float32).max)
+    with pytest.raises(ProtocolError, match=r"beyond 1099511627776; lower the learning rate"):
+        await round.ask(ask(0, beyond))
+    assert round.engine.calls == []
+    await round.ask(forward(0, torch.full((1, 1, D), 2.0**40)))
 
 
 def test_two_sessions_of_a_client_share_neither_token_nor_slot(worker: ThreadPoolExecutor) -> None:
