@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitfed.config import CodecSection, DataSection, LoraSection, PrivacySection, TrainingSection
+from splitfed.config.aggregation import AggregationSection
 from splitfed.models import Partition, partition
 from splitfed.privacy import Ledger, clip, epsilon
 from splitfed.privacy.leakage import AttackResult, Texts, TokenKnowledge, attack_tokens, gaussian_log_density
@@ -93,6 +94,7 @@ def train(
             training=TRAINING,
             lora=LoraSection(),
             codecs=CodecSection(),
+            aggregation=AggregationSection(lora="factors"),
             releases=releases,
         )
         run.export(Path(name) / "adapter", base=BASE)
