@@ -21,7 +21,7 @@ from splitfed.agent.server_calls import RoundReport, ServerCalls, translated
 from splitfed.agent.state import AgentState
 from splitfed.compress import get_codec
 from splitfed.config import AgentConfig, RunConfig
-from splitfed.errors import JoinRefused, RoundLost, ServerUnreachable
+from splitfed.errors import LinkError, RoundLost, ServerUnreachable
 from splitfed.federation.variants import variant_of
 from splitfed.models import resolve_base
 from splitfed.privacy import CHANNELS, UNIT, Ledger, witness_folder
@@ -274,7 +274,7 @@ class Agent:
             self._prepared = prepare(self._config, run, privacy, self._base_folder(run, calls), self._ledger)
             self._progress.policy(self._prepared.privacy, is_training=self._prepared.trainer.is_training)
         if self._prepared.run != run:
-            raise JoinRefused(
+            raise LinkError(
                 f"The server at {self._config.agent.server} now serves another configuration; start this agent again."
             )
         return self._prepared

@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from splitfed.config import TrainingSection
 from splitfed.errors import NonFiniteLoss
 from splitfed.models import Segment, adapter_parameters, adapter_state, load_adapter_state
-from splitfed.privacy import PerExampleMechanism
+from splitfed.privacy import PerExampleMechanism, bounded_reply
 from splitfed.training.data import Batch, Example, collate
 from splitfed.training.link import Link, Place
 from splitfed.training.objective import IGNORED_LABEL
@@ -315,7 +315,7 @@ class ClientTrainer:
         """Take the oldest trunk output through the top and send the output gradient back."""
         sent, round = under_way.waiting.popleft(), under_way.round
         yield sent.output
-        trunk_output_BTD = sent.output.result().requires_grad_()
+        trunk_output_BTD = bounded_reply(sent.output.result()).requires_grad_()
         self.top.train()
         with torch.random.fork_rng(devices=[]), self._recording(self.top, sent.batch) as top_pass:
             torch.manual_seed(self._stream("top", round, sent.place))
@@ -361,6 +361,8 @@ class ClientTrainer:
         yield back.smashed_gradient
         bottom_BTD, bottom_pass = back.sent.bottom_BTD, back.sent.bottom_pass
         gradient_BTD = back.smashed_gradient.result()
+        if gradient_BTD is not None:
+            gradient_BTD = bounded_reply(gradient_BTD)
         if under_way.gradients is None or bottom_pass is None or back.top_pass is None:
             if gradient_BTD is not None and bottom_BTD.requires_grad:
                 bottom_BTD.backward(gradient_BTD)

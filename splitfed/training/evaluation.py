@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from splitfed.models import Segment, adapter_state, load_adapter_state
+from splitfed.privacy import bounded_reply
 from splitfed.training.client_step import (
     Loss,
     causal_lm_loss,
@@ -80,7 +81,7 @@ def evaluate(
         smashed_BTD = releases.smashed(bottom(batch.input_ids_BT), records=batch.records, round=round, place=place)
         with refusing_what_is_not_finite("smashed data", round, place):
             output = link.forward(place, smashed_BTD)
-        output_BTD = output.result()
+        output_BTD = bounded_reply(output.result())
         total += loss(top(output_BTD).logits, batch.labels_BT, 1.0).item()
         tokens += count_label_tokens(batch.labels_BT)
         if other_top is not None:

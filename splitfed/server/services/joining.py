@@ -1,6 +1,7 @@
 """How an agent becomes part of the run."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor
 from typing import Any
@@ -16,6 +17,9 @@ from splitfed.transport.tensors import codec_on_wire
 from splitfed.transport.version import PROTOCOL_VERSION
 
 _MOST_TENSORS = 1_000_000
+_MOST_NAMES = 10_000
+
+_log = logging.getLogger(__name__)
 
 
 class JoiningService(joining_pb2_grpc.JoiningServicer):
@@ -26,12 +30,16 @@ class JoiningService(joining_pb2_grpc.JoiningServicer):
         self._base = base
         self._identity = identity
         self._worker = worker
+        self._asked: set[str] = set()
 
     async def Describe(self, request: joining_pb2.DescribeRequest, context: Any) -> joining_pb2.DescribeReply:
         """Tell an agent the run's configuration."""
         _check_version(request.protocol_version)
         self._identity.check(context, request.client)
         config = self._coordinator.config
+        if request.client not in self._asked and len(self._asked) < _MOST_NAMES:
+            self._asked.add(request.client)
+            _log.info("%s asks about the run", request.client)
         return joining_pb2.DescribeReply(
             protocol_version=PROTOCOL_VERSION, run_id=config.run_id, run_config=config.shared_json()
         )
