@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from splitfed.config import FederationSection
-from splitfed.errors import LinkError, ProtocolError, RoundLost
-from splitfed.federation.variants import Staleness, Variant
+from splitfed.errors import ConfigError, LinkError, ProtocolError, RoundLost
+from splitfed.federation.variants import ASYNC, Staleness, Variant
 from splitfed.server.engine import Engine
 from splitfed.training.together import FreeCalls, JointCalls, OwnCalls, TrunkCalls
 
@@ -46,6 +46,9 @@ class TrunkRound:
         trained: Names that are trained in this round.
         clock: Monotonic seconds.
 
+    Raises:
+        ConfigError: If the bound on staleness cannot be kept.
+
     Attributes:
         optimisers: Optimiser state of each owner, as far as updates are in.
     """
@@ -66,12 +69,12 @@ class TrunkRound:
         self.optimisers = {owner: dict(state) for owner, state in optimisers.items()}
         self._variant = variant
         self._engine = engine
-        self._federation = federation
         self._adapter = dict(adapter)
         self._round = round
         self._attempt = attempt
         self._trained = trained
         self._clock = clock
+        self._staleness = staleness_of(federation) if variant.name == ASYNC.name else None
         self._calls: TrunkCalls | None = None
         self._opening = asyncio.Lock()
 
@@ -169,10 +172,21 @@ class TrunkRound:
         await self._engine.open_shared(SHARED, self._adapter, optimiser, trained=self._trained)
         if self._variant.steps_jointly:
             return JointCalls([self.slot(member, b"") for member in members], self._engine.submit, clock=self._clock)
-        clients = most_at_work(self._federation)
-        most = self._federation.max_staleness
-        staleness = Staleness(4 * clients if most is None else most, clients, self._federation.staleness_exponent)
-        return FreeCalls(self._engine.submit, staleness)
+        assert self._staleness is not None
+        return FreeCalls(self._engine.submit, self._staleness)
+
+
+def staleness_of(federation: FederationSection) -> Staleness:
+    """Give a run's bound on the age of a step, and what an old one counts for.
+
+    Raises:
+        ConfigError: If the bound cannot be kept with as many clients.
+    """
+    clients, most = most_at_work(federation), federation.max_staleness
+    try:
+        return Staleness(4 * clients if most is None else most, clients, federation.staleness_exponent)
+    except ValueError as error:
+        raise ConfigError(f"[federation] {error}") from error
 
 
 def most_at_work(federation: FederationSection) -> int:

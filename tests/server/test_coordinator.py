@@ -38,7 +38,14 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, worker: ThreadPoolExecutor, *, agents: int = 2, rounds: int = 2, **federation: Any
+        self,
+        folder: Path,
+        worker: ThreadPoolExecutor,
+        *,
+        agents: int = 2,
+        rounds: int = 2,
+        local_steps: int = STEPS,
+        **federation: Any,
     ) -> None:
         self.now_s = 0.0
         self.exported: dict[int, dict[str, Tensor]] = {}
@@ -46,7 +53,7 @@ class Run:
         self.may_write.set()
         self.config = server_config(
             folder,
-            training={"rounds": rounds, "local_steps": STEPS},
+            training={"rounds": rounds, "local_steps": local_steps},
             federation={"agents": agents, "agent_timeout_s": TIMEOUT_S, **federation},
         )
         self.engine = RecordingEngine()
