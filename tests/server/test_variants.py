@@ -585,16 +585,16 @@ async def test_two_openings_at_once_leave_one_session_and_one_slot(open_run: Ope
 
 
 class Gate:
-    """Holds the engine before it fills a slot."""
+    """Holds the engine's word that it has filled a slot."""
 
     def __init__(self, run: Run) -> None:
         self.is_reached, self.may_go = asyncio.Event(), asyncio.Event()
         self._open_round, run.engine.open_round = run.engine.open_round, self._hold  # type: ignore[method-assign]
 
     async def _hold(self, *given: Any, **named: Any) -> None:
+        await self._open_round(*given, **named)
         self.is_reached.set()
         await self.may_go.wait()
-        await self._open_round(*given, **named)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
