@@ -116,7 +116,14 @@ class Agent:
         with closing(self._connect()) as calls:
             run = own_run(self._config.agent, calls.describe())
             prepared = self._prepare(run, calls)
-            agents, joined = calls.join(prepared)
+            agents, joined = calls.join(
+                prepared.run_id,
+                prepared.config_sha256,
+                prepared.tensors,
+                weight=prepared.weight,
+                own=prepared.run,
+                personal=prepared.personal,
+            )
             self._joined = prepared.run_id
             self._backoff.progress()
             _log.info("joined the run %s (%d of %d here)", prepared.run_id, joined, agents)

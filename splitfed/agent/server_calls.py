@@ -1,6 +1,6 @@
 """The agent's unary calls and adapter streams, with errors already translated."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 from torch import Tensor
 
-from splitfed.agent.prepare import Prepared
 from splitfed.compress import Codec
 from splitfed.config import RunConfig, TlsSection
 from splitfed.errors import JoinRefused, LinkError, ProtocolError, ServerUnreachable
+from splitfed.models import TensorIdentity
 from splitfed.proto.v1 import federation_pb2, joining_pb2
 from splitfed.proto.v1.federation_pb2_grpc import FederationStub
 from splitfed.proto.v1.joining_pb2_grpc import JoiningStub
@@ -101,11 +101,25 @@ class ServerCalls:
         except ValueError as error:
             raise ProtocolError("The server sent a run configuration that this agent cannot read.") from error
 
-    def join(self, prepared: Prepared) -> tuple[int, int]:
+    def join(
+        self,
+        run_id: str,
+        config_sha256: str,
+        tensors: Mapping[str, TensorIdentity],
+        *,
+        weight: int,
+        own: RunConfig | None = None,
+        personal: Collection[str] = (),
+    ) -> tuple[int, int]:
         """Join the run.
 
         Args:
-            prepared: What this agent holds.
+            run_id: The run.
+            config_sha256: Hash of the base model's configuration.
+            tensors: Identity of each tensor of the agent's segments.
+            weight: The agent's weight in every mean.
+            own: The run as this agent takes part in it; None: as the server has it.
+            personal: Names of the tensors of its adapter that it keeps to itself.
 
         Returns:
             How many agents the run waits for, and how many have joined.
@@ -116,22 +130,22 @@ class ServerCalls:
         """
         request = joining_pb2.JoinRequest(
             protocol_version=PROTOCOL_VERSION,
-            run_id=prepared.run_id,
+            run_id=run_id,
             client=self._client,
             agent_id=self._agent_id,
-            config_sha256=bytes.fromhex(prepared.config_sha256),
+            config_sha256=bytes.fromhex(config_sha256),
             tensors=[
                 joining_pb2.TensorIdentity(
                     name=name, dtype=identity.dtype, shape=identity.shape, sha256=bytes.fromhex(identity.sha256)
                 )
-                for name, identity in prepared.tensors.items()
+                for name, identity in tensors.items()
             ],
             codecs=codecs_on_wire(),
-            weight=prepared.weight,
-            bottom_blocks=prepared.run.model.bottom_blocks,
-            top_blocks=prepared.run.model.top_blocks,
-            rank=prepared.run.lora.rank,
-            personal=sorted(prepared.personal),
+            weight=weight,
+            bottom_blocks=None if own is None else own.model.bottom_blocks,
+            top_blocks=None if own is None else own.model.top_blocks,
+            rank=None if own is None else own.lora.rank,
+            personal=sorted(personal),
         )
         with translated():
             reply = self.joining.Join(request, timeout=_JOIN_S)
