@@ -24,6 +24,7 @@ INT8 = CodecSection()
 
 FREE = {  # what an agent may say of itself and of its place in the run
     "protocol_version", "run_id", "client", "agent_id", "config_sha256", "file", "tensor", "codecs", "round",
+    "bottom_blocks", "top_blocks", "rank", "personal",
     "tensors[].name", "tensors[].dtype", "tensors[].shape", "tensors[].sha256", "number", "received_below",
     "open.run_id", "open.client", "open.agent_id", "open.round", "open.first_block", "open.end_block",
     "forward.kind", "forward.step", "forward.micro_batch", "forward.wants_smashed_gradient",
