@@ -617,9 +617,8 @@ class Coordinator:
         Raises:
             ProtocolError: If it cannot be averaged; what is kept is tried as well, as its client would not hear later.
         """
-        of_trunk = {
-            name: trunk[name] for name in trunk if self._variant.averages_trunk or name in self.devices.contested
-        }
+        counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self.devices.contested
+        of_trunk = {name: trunk[name] for name in counted}
         try:
             if self._variant.shares_adapter:
                 self._try(client, ends)
@@ -643,17 +642,18 @@ class Coordinator:
         Args:
             shared: The trunk adapter that the round leaves, where it is no mean of copies.
         """
+        contested = self.devices.contested
         held, self._held = self._held, {}
         for client, ends in sorted(held.items()):
             own = self.devices[client].own
-            of_trunk = {name: shared[name] for name in self.devices.contested & shared.keys() if name not in own}
+            of_trunk = {name: shared[name] for name in contested & shared.keys() if name not in own}
             try:
                 if of_trunk or ends:
                     self._aggregator.add(client, Update({**of_trunk, **ends}, self.rounds.weight(client)))
             except ValueError as error:
                 _log.warning("the update of %s is left out: %s", client, error)
-        kept = {name: tensor for name, tensor in shared.items() if name not in self.devices.contested}
-        if not self.devices.contested and not self._variant.averages_trunk:
+        kept = {name: tensor for name, tensor in shared.items() if name not in contested}
+        if not contested and not self._variant.averages_trunk:
             return {**self._state.ends, **kept}, {}
         aggregate = self._aggregator.result()
         notes = {name: figure for name, figure in aggregate.notes.items() if figure}

@@ -140,6 +140,19 @@ def open_answer() -> Future[Any]:
     return answer
 
 
+def settle(answer: Future[Any], work: Callable[[], Any]) -> None:
+    """Run something, and make what comes of it the answer, an error too.
+
+    Args:
+        answer: Not done yet.
+        work: What is run.
+    """
+    try:
+        answer.set_result(work())
+    except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
+        answer.set_exception(error)
+
+
 def hand_out(done: Future[Any], answers: Sequence[Future[Any]]) -> None:
     """Give each its part of what was run for all, or the error.
 

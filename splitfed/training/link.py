@@ -13,6 +13,7 @@ from torch import Tensor
 
 from splitfed.compress import Codec, get_codec
 from splitfed.config import CodecSection
+from splitfed.training.barrier import settle
 from splitfed.training.together import TrunkCalls
 from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 
@@ -209,12 +210,5 @@ def link_codecs(codecs: CodecSection) -> LinkCodecs:
 def _then(asked: Future[T], change: Callable[[T], R]) -> Future[R]:
     """Give what becomes of an answer, once it is there; an error stays what it is."""
     changed: Future[R] = Future()
-
-    def take(done: Future[T]) -> None:
-        try:
-            changed.set_result(change(done.result()))
-        except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
-            changed.set_exception(error)
-
-    asked.add_done_callback(take)
+    asked.add_done_callback(lambda done: settle(changed, lambda: change(done.result())))
     return changed

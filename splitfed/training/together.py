@@ -13,7 +13,7 @@ from torch import Tensor
 
 from splitfed.errors import LinkError, ProtocolError, RoundLost
 from splitfed.federation.variants import Staleness
-from splitfed.training.barrier import Barrier, Key, hand_out, open_answer
+from splitfed.training.barrier import Barrier, Key, hand_out, open_answer, settle
 from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 from splitfed.training.trunk_step import Applied, TrunkTrainer
 
@@ -30,10 +30,7 @@ def at_once(trainer: TrunkTrainer) -> Submit:
 
     def submit(work: Callable[[TrunkTrainer], Any]) -> Future[Any]:
         answer: Future[Any] = Future()
-        try:
-            answer.set_result(work(trainer))
-        except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
-            answer.set_exception(error)
+        settle(answer, lambda: work(trainer))
         return answer
 
     return submit
