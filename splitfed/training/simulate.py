@@ -277,7 +277,7 @@ class _Run:
             self._result.losses[name] += losses
             self._trunk.close(name)
         if free is not None:
-            self._result.oldest_step = max(self._result.oldest_step, free.oldest)
+            self._result.oldest_step = max(self._result.oldest_step, *free.ages)
         adapter, self._optimisers[_SHARED] = self._trunk.shared_result(_SHARED)
         return {name: _of_blocks(adapter, client.trunk) for name, client in cohort.items()}
 

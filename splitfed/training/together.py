@@ -1,6 +1,7 @@
 """Clients that train one trunk adapter: joint steps of a cohort, or steps as they come with a bound on their age."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -227,7 +228,7 @@ class FreeCalls(_NoCohort):
         staleness: How old a step may be, and what it then counts for.
 
     Attributes:
-        oldest: Largest age of a step that was applied.
+        ages: How many steps were applied at each age: the number of others between a step's first forward and itself.
 
     Guarantees:
         * No step is older than `Staleness.most` as it is applied.
@@ -243,7 +244,7 @@ class FreeCalls(_NoCohort):
         self._waiting: dict[str, tuple[int, float | None, Future[Applied]]] = {}
         self._left: set[str] = set()
         self._closed: LinkError | None = None
-        self.oldest = 0
+        self.ages: Counter[int] = Counter()
 
     def forward(self, call: TrunkForward, *, tokens: int = 0) -> Future[Tensor]:
         """Run the forward with the adapter as it is."""
@@ -285,7 +286,7 @@ class FreeCalls(_NoCohort):
     def _run_those_that_may(self) -> None:
         while (slot := next((slot for slot in self._waiting if self._may_step(slot)), None)) is not None:
             step, squared_norm, answer = self._waiting.pop(slot)
-            self.oldest = max(self.oldest, self._version - self._begun.pop(slot, self._version))
+            self.ages[self._version - self._begun.pop(slot, self._version)] += 1
             self._version += 1
             applied = self._submit(self._single_step(slot, step, squared_norm))
             applied.add_done_callback(lambda done, answer=answer: hand_out(done, [answer]))  # type: ignore[misc]
