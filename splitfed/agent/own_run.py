@@ -19,12 +19,7 @@ def own_run(agent: AgentSection, run: RunConfig) -> RunConfig:
     """
     cut = {name: getattr(agent, name) for name in ("bottom_blocks", "top_blocks") if getattr(agent, name) is not None}
     rank = run.lora.rank if agent.rank is None else agent.rank
-    if rank != run.lora.rank and (run.lora.least_rank is None or not run.lora.least_rank <= rank <= run.lora.rank):
-        least = run.lora.least_rank
-        ranks = f"rank {run.lora.rank} for all" if least is None else f"ranks {least} to {run.lora.rank}"
-        raise JoinRefused(
-            f"[agent] rank is {rank}, but the run {run.run.name!r} has {ranks}; set it accordingly, or leave it out."
-        )
+    run.check_rank(rank)
     if run.federation.merge_ends == "step" and (agent.personal or cut):
         raise JoinRefused(
             f"The run {run.run.name!r} merges bottom and top at every step, which needs agents that hold the same; "

@@ -1,12 +1,13 @@
 """What holds for a whole run, the same on the server and on every agent."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from splitfed.config.aggregation import AggregationSection
 from splitfed.config.privacy import PrivacySection
 from splitfed.config.section import Base, Name, Section
+from splitfed.errors import JoinRefused
 
 CodecName = Literal["none", "bf16", "fp16", "int8"]
 
@@ -190,6 +191,23 @@ class FederationSection(Section):
                 raise ValueError(f"is {value}, more than {name} = {most}: no round would ever be over; lower it")
         return value
 
+    @model_validator(mode="after")
+    def _can_keep_its_bound_on_staleness(self) -> Self:
+        in_between = self.most_at_work - 1
+        if self.variant == "async" and self.max_staleness is not None and self.max_staleness < in_between:
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, but {self.most_at_work} clients at work make up to "
+                f"{in_between} steps in between; raise it"
+            )
+        return self
+
+    @property
+    def most_at_work(self) -> int:
+        """Agents that may be at work in a round at the same time."""
+        if self.cohort is not None:
+            return self.cohort + self.over_selection
+        return self.population or self.agents
+
 
 class CodecSection(Section):
     """How tensors are encoded for the wire, per direction."""
@@ -294,3 +312,17 @@ class RunConfig(Section):
     def rule(self) -> AggregationSection:
         """What becomes of a round's updates, with nothing left open."""
         return decided_rule(self.lora, self.aggregation, self.privacy)
+
+    def check_rank(self, rank: int) -> None:
+        """Check the rank of an agent's adapter.
+
+        Raises:
+            JoinRefused: If the run does not allow it.
+        """
+        least, most = self.lora.least_rank, self.lora.rank
+        if rank == most or (least is not None and least <= rank <= most):
+            return
+        ranks = f"rank {most} for all" if least is None else f"ranks {least} to {most}"
+        raise JoinRefused(
+            f"[agent] rank is {rank}, but the run {self.run.name!r} has {ranks}; set it accordingly, or leave it out."
+        )

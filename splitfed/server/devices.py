@@ -81,15 +81,11 @@ class Devices:
         Raises:
             JoinRefused: If the run does not allow it.
         """
-        model, lora = self._run.model, self._run.lora
+        model = self._run.model
         bottom = model.bottom_blocks if bottom_blocks is None else bottom_blocks
         top = model.top_blocks if top_blocks is None else top_blocks
-        rank = lora.rank if rank is None else rank
-        if rank != lora.rank and (lora.least_rank is None or not lora.least_rank <= rank <= lora.rank):
-            raise JoinRefused(
-                f"An adapter of rank {rank} is not of this run, which has {_ranks(lora.least_rank, lora.rank)}; set "
-                "[agent] rank accordingly, or leave it out."
-            )
+        rank = self._run.lora.rank if rank is None else rank
+        self._run.check_rank(rank)
         has_own_cut = (bottom, top) != (model.bottom_blocks, model.top_blocks)
         if has_own_cut and self._run.privacy.denoise:
             raise JoinRefused(
@@ -124,10 +120,6 @@ class Devices:
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Give the shapes of tensors by name."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _ranks(least: int | None, rank: int) -> str:
-    return f"rank {rank} for all" if least is None else f"ranks {least} to {rank}"
 
 
 def _at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:

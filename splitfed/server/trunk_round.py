@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from splitfed.config import FederationSection
-from splitfed.errors import ConfigError, LinkError, ProtocolError, RoundLost
+from splitfed.errors import LinkError, ProtocolError, RoundLost
 from splitfed.federation.variants import ASYNC, Staleness, Variant
 from splitfed.server.engine import Engine
 from splitfed.training.together import FreeCalls, JointCalls, OwnCalls, TrunkCalls
@@ -45,9 +45,6 @@ class TrunkRound:
         attempt: How often the round was begun before; slots of an earlier attempt are others.
         trained: Names that are trained in this round.
         clock: Monotonic seconds.
-
-    Raises:
-        ConfigError: If the bound on staleness cannot be kept.
 
     Attributes:
         optimisers: Optimiser state of each owner, as far as updates are in.
@@ -177,20 +174,6 @@ class TrunkRound:
 
 
 def staleness_of(federation: FederationSection) -> Staleness:
-    """Give a run's bound on the age of a step, and what an old one counts for.
-
-    Raises:
-        ConfigError: If the bound cannot be kept with as many clients.
-    """
-    clients, most = most_at_work(federation), federation.max_staleness
-    try:
-        return Staleness(4 * clients if most is None else most, clients, federation.staleness_exponent)
-    except ValueError as error:
-        raise ConfigError(f"[federation] {error}") from error
-
-
-def most_at_work(federation: FederationSection) -> int:
-    """Say how many clients may be at work in a round."""
-    if federation.cohort is not None:
-        return federation.cohort + federation.over_selection
-    return federation.population or federation.agents
+    """Give a run's bound on the age of a step, and what an old one counts for."""
+    clients, most = federation.most_at_work, federation.max_staleness
+    return Staleness(4 * clients if most is None else most, clients, federation.staleness_exponent)
