@@ -21,7 +21,7 @@ def agree(policy: AgentPrivacySection, run: RunConfig) -> PrivacySection:
         The section that holds.
 
     Raises:
-        JoinRefused: If the run is weaker than the owner's policy allows.
+        JoinRefused: If the run is weaker than the owner's policy allows, or sends what that protection is not for.
         ConfigError: If the two do not go together.
     """
     most = {"bottom_blocks": policy.most_bottom_blocks, "top_blocks": policy.most_top_blocks}
@@ -38,6 +38,11 @@ def agree(policy: AgentPrivacySection, run: RunConfig) -> PrivacySection:
     except ValueError as error:
         raise ConfigError(f"[privacy] of this agent and of the run {run.run.name!r}: {_reason(error)}") from error
     _refuse_open_channels(policy, privacy, run)
+    if run.federation.merge_ends == "step" and privacy.is_on and privacy.adapter == "update":
+        raise JoinRefused(
+            f"The run {run.run.name!r} merges bottom and top at every step, but adapter = \"update\" protects no step's "
+            'gradient; set adapter = "dp-sgd" in this agent\'s [privacy], or ask for merge_ends = "round".'
+        )
     refuse_weak_noise(policy, privacy, run)
     return privacy
 

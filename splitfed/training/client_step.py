@@ -237,7 +237,8 @@ class ClientTrainer:
             )
             self.optimiser.set_gradients({name: total / self._training.batch_size for name, total in noisy.items()})
         if self._exchanges:
-            mean = under_way.link.mean_gradient(step, self.optimiser.gradients(), tokens=int(under_way.divisor))
+            own = self.releases.step_gradient(self.optimiser.gradients(), round=under_way.round)
+            mean = under_way.link.mean_gradient(step, own, tokens=int(under_way.divisor))
             yield mean
             self.optimiser.set_gradients(mean.result())
         self.optimiser.pull_to_start()

@@ -7,6 +7,7 @@ from typing import Final, Literal, Protocol
 
 from torch import Tensor
 
+from splitfed.errors import PrivacyError
 from splitfed.privacy import (
     Channel,
     Charge,
@@ -83,6 +84,14 @@ class Releases(Protocol):
             step: The local step.
         """
 
+    def step_gradient(self, gradients: Mapping[str, Tensor], *, round: int) -> dict[str, Tensor]:
+        """Give the form of a step's gradients that leaves where bottom and top are merged at every step.
+
+        Args:
+            gradients: What the optimiser would apply, by whole-model name.
+            round: The round, from 1.
+        """
+
     def adapter_update(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, round: int
     ) -> dict[str, Tensor]:
@@ -124,6 +133,10 @@ class OpenReleases:
     ) -> dict[str, Tensor]:
         """Return the sums."""
         return dict(sums)
+
+    def step_gradient(self, gradients: Mapping[str, Tensor], *, round: int) -> dict[str, Tensor]:
+        """Return the gradients."""
+        return dict(gradients)
 
     def adapter_update(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, round: int
@@ -225,6 +238,21 @@ class LedgeredReleases:
             self.ledger.charge_all([self._gradient_step(records, round, step)])
         return self.per_example.release(sums)
 
+    def step_gradient(self, gradients: Mapping[str, Tensor], *, round: int) -> dict[str, Tensor]:
+        """Release a step's gradients to be merged with others': under DP-SGD they have been charged, and hold noise.
+
+        Raises:
+            PrivacyError: If noise is to come on the update as a whole: it would come too late.
+            LedgerError: If the charge cannot be written.
+        """
+        if self.update is not None:
+            raise PrivacyError(
+                'A step\'s gradient would leave without noise: privacy.adapter = "update" protects the update of a whole '
+                'round; set adapter = "dp-sgd", or federation.merge_ends = "round".'
+            )
+        self._charge_update(round)
+        return dict(gradients)
+
     def adapter_update(
         self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, round: int
     ) -> dict[str, Tensor]:
@@ -234,7 +262,7 @@ class LedgeredReleases:
             BudgetExhausted: If the release would cross the budget; nothing has left then.
             LedgerError: If the charge cannot be written.
         """
-        self.ledger.charge_all(self._update(round))
+        self._charge_update(round)
         return dict(after) if self.update is None else self.update.release(before, after)
 
     def planned_round(
@@ -271,6 +299,13 @@ class LedgeredReleases:
                 return
             self._unprotected.add((channel, round))
         self.ledger.charge_all([self._vectors(channel, records, sequences, tokens, round, place)])
+
+    def _charge_update(self, round: int) -> None:
+        if self.update is None:
+            if ("adapter", round) in self._unprotected:
+                return
+            self._unprotected.add(("adapter", round))
+        self.ledger.charge_all(self._update(round))
 
     def _mechanism(self, channel: _Vectors) -> Mechanism:
         return self.smashed_mechanism if channel == "smashed" else self.output_gradient_mechanism
