@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from splitfed.errors import ProtocolError, RoundLost, SplitFedError
@@ -56,8 +57,12 @@ class MemberSession(TrainSession):
 
         Raises:
             RoundLost: If it no longer does.
-            ProtocolError: If another step's gradients are due.
+            ProtocolError: If the gradients are not finite, not of a step's tokens, or another step's are due.
         """
+        if not 0 < tokens <= self.limits.sequences * self.limits.tokens:
+            raise ProtocolError(f"Gradients of {tokens} tokens do not come from one of this run's steps.")
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+            raise ProtocolError(f"The gradients of {self.client!r} are not finite; lower the learning rate.")
         with self._while_it_is_waited_for():
             mean = self._trunk().mean_gradient(self.slot, step, gradients, tokens=tokens)
             return await asyncio.shield(asyncio.wrap_future(mean))

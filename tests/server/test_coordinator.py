@@ -129,71 +129,6 @@ async def test_a_run_opens_with_the_last_agent_that_it_waits_for(run: Run) -> No
     assert run.coordinator.rounds.phase is Phase.OPEN
 
 
-async def test_a_name_belongs_to_the_agent_that_took_it(run: Run) -> None:
-    await run.join("a")
-    with pytest.raises(JoinRefused, match="Another agent is called 'a'"):
-        await run.coordinator.join("a", IDS["b"], 1)
-    await run.join("a")
-    assert run.coordinator.rounds.members == ["a"]
-
-
-async def test_a_full_run_takes_no_other_agent_and_says_who_is_in_it(run: Run) -> None:
-    await run.join("a", "b")
-    with pytest.raises(JoinRefused, match=r"all its agents already \(a, b\)"):
-        await run.join("c")
-    with pytest.raises(RoundLost, match="'c' has not joined"):
-        run.coordinator.check_member("c", IDS["c"])
-
-
-async def test_a_call_under_anothers_name_is_refused(run: Run) -> None:
-    await run.join("a")
-    run.coordinator.check_member("a", IDS["a"])
-    with pytest.raises(JoinRefused, match="Another agent is called 'a'"):
-        run.coordinator.check_member("a", IDS["b"])
-    with pytest.raises(RoundLost, match="'b' has not joined"):
-        run.coordinator.check_member("b", IDS["b"])
-
-
-@pytest.mark.parametrize("round", [0, 2])
-async def test_a_session_of_a_round_that_is_not_open_is_refused(run: Run, round: int) -> None:
-    await run.join("a", "b")
-    with pytest.raises(RoundLost, match=rf"Round {round} is not open; the run is at round 1 \(open\)"):
-        await run.coordinator.open_session("a", round, b"")
-
-
-async def test_no_session_opens_while_the_run_waits(run: Run) -> None:
-    await run.join("a")
-    with pytest.raises(RoundLost, match=r"round 1 \(waiting\)"):
-        await run.coordinator.open_session("a", 1, b"")
-
-
-async def test_a_stream_that_broke_finds_its_session(run: Run) -> None:
-    await run.join("a", "b")
-    session = await run.train("a", steps=1)
-    assert await run.coordinator.open_session("a", 1, session.token) is session
-    assert run.coordinator.is_current(session)
-    assert run.engine.steps[session.slot] == 1
-
-
-async def test_a_round_that_is_opened_again_starts_from_its_beginning(run: Run) -> None:
-    await run.join("a", "b")
-    first = await run.train("a", steps=1)
-    second = await run.coordinator.open_session("a", 1, b"")
-    assert not run.coordinator.is_current(first)
-    assert run.coordinator.is_current(second)
-    assert list(run.engine.states) == [second.slot]
-    assert run.engine.steps[second.slot] == 0
-    with pytest.raises(RoundLost, match="does not know this session"):
-        await run.coordinator.open_session("a", 1, first.token)
-
-
-async def test_anothers_token_opens_nothing(run: Run) -> None:
-    await run.join("a", "b")
-    session = await run.train("a")
-    with pytest.raises(RoundLost, match="does not know this session"):
-        await run.coordinator.open_session("b", 1, session.token)
-
-
 async def test_an_update_before_all_local_steps_is_refused_and_not_counted(run: Run) -> None:
     await run.join("a", "b")
     await run.train("a", steps=STEPS - 1)
@@ -242,14 +177,6 @@ async def test_an_update_that_cannot_be_averaged_is_refused_and_leaves_the_mean_
     await run.submit("b", 3.0)
     await run.submit("a", 1.0)
     assert torch.equal(run.exported[1][ENDS], torch.full((3,), 2.0))
-
-
-async def test_a_client_that_has_submitted_opens_no_further_session(run: Run) -> None:
-    await run.join("a", "b")
-    await run.train("a")
-    await run.submit("a")
-    with pytest.raises(RoundLost, match="update of 'a' for round 1 is already here"):
-        await run.coordinator.open_session("a", 1, b"")
 
 
 async def test_the_next_round_starts_from_the_weighted_mean_and_each_ones_optimiser(run: Run) -> None:

@@ -1,0 +1,160 @@
+"""The updates of a round: what an agent starts from, what it then sends, and what all of that comes to."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from splitfed.config import RunConfig
+from splitfed.errors import ProtocolError
+from splitfed.federation import Update, at_rank, make_aggregator, trained_factors
+from splitfed.federation.variants import variant_of
+from splitfed.models.factors import factor_of
+from splitfed.server.devices import Devices
+from splitfed.server.store import RunState
+from splitfed.training.optimiser import without
+from splitfed.transport.adapters import RESIDUAL
+
+_log = logging.getLogger(__name__)
+
+
+class RoundUpdates:
+    """What becomes of the updates of one round after the other, by the run's rule. Knows no clock and no wire.
+
+    Where clients share one trunk adapter, what it has trained on their behalf is known at the round's end only: until
+    then their updates are held.
+
+    Args:
+        run: The run's configuration.
+        devices: What each agent holds.
+        weight: Gives a member's weight in every mean.
+        aggregator: What the rule keeps from round to round.
+
+    Guarantees:
+        * An update that is refused changes nothing, and may come again.
+        * A late update counts by its change from what it started from.
+    """
+
+    def __init__(
+        self, run: RunConfig, devices: Devices, weight: Callable[[str], int], aggregator: Mapping[str, Tensor]
+    ) -> None:
+        self._devices = devices
+        self._weight = weight
+        self._rank = run.lora.rank
+        self._rule = run.rule
+        self._variant = variant_of(run.federation.variant)
+        self._aggregator = make_aggregator(self._rule, self._rank)
+        self._aggregator.load(aggregator)
+        self._base: dict[str, Tensor] = {}
+        self._late_bases: dict[str, dict[str, Tensor]] = {}
+
+    def begin(self, state: RunState, round: int, *, late: Iterable[str] = ()) -> None:
+        """Open a round; what came since the last result is forgotten.
+
+        Args:
+            state: What it starts from.
+            round: The round, from 1.
+            late: Clients whose update of an earlier round is still waited for.
+        """
+        self._late_bases = {client: self._late_bases.get(client, self._base) for client in late}
+        self._base, self._ends, self._round = {**state.trunk, **state.ends}, state.ends, round
+        self._counted = dict(state.counted)
+        self._held: dict[str, Mapping[str, Tensor]] = {}
+        self._aggregator.begin(self._base, round)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names that are trained in this round."""
+        factors = self._trained_factors(self._round)
+        return frozenset(name for name in self._base if factor_of(name) in factors)
+
+    @property
+    def counted(self) -> dict[str, int]:
+        """The round of each client's last update that is in the run."""
+        return dict(self._counted)
+
+    @property
+    def residual(self) -> dict[str, Tensor]:
+        """The frozen adapter under the trained one, after the last result; empty where the rule has none."""
+        return self._aggregator.residual()
+
+    @property
+    def aggregator_state(self) -> dict[str, Tensor]:
+        """What the rule keeps from round to round, after the last result."""
+        return self._aggregator.state()
+
+    def start_of(self, client: str) -> dict[str, Tensor]:
+        """Give what an agent starts the round from: its adapters, and what the rule keeps frozen under them."""
+        device, residual = self._devices[client], self.residual
+        own = {name: self._base[name] for name in device.own}
+        frozen = {f"{RESIDUAL}{name}": residual[name] for name in own if residual}
+        return {**(own if device.rank == self._rank else at_rank(own, device.rank)), **frozen}
+
+    def still_true(self, optimiser: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Leave out the moments of tensors that the last round's end has replaced."""
+        if not self._rule.renews_factors:
+            return optimiser
+        return {} if self._variant.averages_trunk else without(optimiser, self._devices.contested)
+
+    def shapes(self, client: str, round: int) -> dict[str, tuple[int, ...]]:
+        """Say what an agent's update of a round holds: the shape of each tensor that was trained in it."""
+        factors = self._trained_factors(round)
+        return {name: shape for name, shape in self._devices[client].shared.items() if factor_of(name) in factors}
+
+    def take(self, client: str, round: int, trunk: Mapping[str, Tensor], ends: Mapping[str, Tensor]) -> None:
+        """Count a client's update, or hold it until it is known what the shared trunk has trained on its behalf.
+
+        Args:
+            client: Whose it is.
+            round: The round that it was made in: this one, or an earlier one that it is late for.
+            trunk: The trunk adapter that was trained on its behalf; empty where clients share one.
+            ends: What it sent, by whole-model name.
+
+        Raises:
+            ProtocolError: If it cannot be averaged; what is held is tried as well, as its client would not hear later.
+        """
+        counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._devices.contested
+        of_trunk = {name: trunk[name] for name in counted}
+        own_base = self._late_bases[client] if round < self._round else None
+        try:
+            if self._variant.shares_adapter:
+                self._try(client, ends)
+                self._held[client] = ends
+            elif of_trunk or ends:
+                self._aggregator.add(client, Update({**of_trunk, **ends}, self._weight(client), own_base))
+        except ValueError as error:
+            raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
+        self._counted[client] = round
+
+    def result(self, shared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Give what the round's updates come to: the adapter of all keys, and the rule's figures.
+
+        Args:
+            shared: The trunk adapter that the round leaves, where it is no mean of copies.
+        """
+        contested = self._devices.contested
+        held, self._held = self._held, {}
+        for client, ends in sorted(held.items()):
+            own = self._devices[client].own
+            of_trunk = {name: shared[name] for name in contested & shared.keys() if name not in own}
+            try:
+                if of_trunk or ends:
+                    self._aggregator.add(client, Update({**of_trunk, **ends}, self._weight(client)))
+            except ValueError as error:
+                _log.warning("the update of %s is left out: %s", client, error)
+        kept = {name: tensor for name, tensor in shared.items() if name not in contested}
+        if not contested and not self._variant.averages_trunk:
+            return {**self._ends, **kept}, {}
+        aggregate = self._aggregator.result()
+        notes = {name: figure for name, figure in aggregate.notes.items() if figure}
+        return {**aggregate.adapter, **kept}, notes
+
+    def _try(self, client: str, ends: Mapping[str, Tensor]) -> None:
+        """Check an update by the run's rule, and count nothing."""
+        if ends:
+            trial = make_aggregator(self._rule, self._rank)
+            trial.begin(self._base, self._round)
+            trial.add(client, Update(ends, self._weight(client)))
+
+    def _trained_factors(self, round: int) -> frozenset[str]:
+        return trained_factors(self._rule.lora or "factors", round)

@@ -1,0 +1,189 @@
+"""What the updates of a round come to, from numbers that can be worked out by hand."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from splitfed.config import FederationSection, LoraSection, ModelSection, RunConfig, RunIdentity
+from splitfed.config.aggregation import AggregationSection
+from splitfed.errors import ProtocolError
+from splitfed.server.devices import Devices, shapes_of
+from splitfed.server.round_updates import RoundUpdates
+from splitfed.server.store import RunState
+from splitfed.transport.adapters import RESIDUAL
+
+TRUNK_A, TRUNK_B = "model.layers.1.q.lora_A.weight", "model.layers.1.q.lora_B.weight"
+A, B = "model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_B.weight"
+R, WIDE = 2, 3
+WEIGHTS = {"a": 1, "b": 3, "c": 1}
+VARIANTS = ["sflv1", "sflv2", "parallel", "async"]
+
+State = dict[str, Tensor]
+MakeUpdates = Callable[..., RoundUpdates]
+
+
+def factors(a: float, b: float, *, trunk: bool = False) -> State:
+    names = (TRUNK_A, TRUNK_B) if trunk else (A, B)
+    return {names[0]: torch.full((R, WIDE), a), names[1]: torch.full((WIDE, R), b)}
+
+
+START = RunState(0, factors(1.0, 0.0, trunk=True), factors(1.0, 0.0))
+
+
+@pytest.fixture
+def begun() -> MakeUpdates:
+    """Begin round 1 of a run, with what each of its agents holds."""
+
+    def make(
+        variant: Any = "sflv1",
+        *,
+        lora: Any = "factors",
+        state: RunState = START,
+        own: Mapping[str, Any] = {},
+        **keys: Any,
+    ) -> RoundUpdates:
+        run = RunConfig(
+            run=RunIdentity(name="small"),
+            model=ModelSection(base="demo", bottom_blocks=1, top_blocks=0),
+            lora=LoraSection(rank=R, **keys),
+            federation=FederationSection(agents=3, variant=variant),
+            aggregation=AggregationSection(lora=lora),
+        )
+        ends = shapes_of(state.ends)
+        devices = Devices(run, ends, {1: shapes_of(state.trunk), 2: {}} if state.trunk else {})
+        for client, holds in own.items():
+            devices.put(client, devices.device(**holds))
+        updates = RoundUpdates(run, devices, WEIGHTS.__getitem__, state.aggregator)
+        updates.begin(state, 1)
+        return updates
+
+    return make
+
+
+def of_trunk(variant: str, b: float) -> State:
+    """What the trunk has trained on a client's behalf alone."""
+    return {} if variant in ("parallel", "async") else factors(1.0, b, trunk=True)
+
+
+def same(found: State, expected: State) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_updates_come_to_their_weighted_mean_and_copies_of_the_trunk_too(begun: MakeUpdates) -> None:
+    updates = begun()
+    updates.take("a", 1, factors(1.0, 2.0, trunk=True), factors(1.0, 0.0))
+    updates.take("b", 1, factors(1.0, 6.0, trunk=True), factors(1.0, 4.0))
+    adapter, notes = updates.result({})
+    assert same(adapter, {**factors(1.0, 5.0, trunk=True), **factors(1.0, 3.0)})
+    assert set(notes) == {"step_norm"}
+    assert updates.counted == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("variant", ["sflv2", "parallel", "async"])
+def test_a_trunk_adapter_that_is_no_mean_of_copies_stays_as_the_round_leaves_it(
+    begun: MakeUpdates, variant: str
+) -> None:
+    updates, left = begun(variant), factors(1.0, 9.0, trunk=True)
+    updates.take("a", 1, of_trunk(variant, 8.0), factors(1.0, 0.0))
+    updates.take("b", 1, of_trunk(variant, 9.0), factors(1.0, 4.0))
+    adapter, _ = updates.result(left)
+    assert same(adapter, {**left, **factors(1.0, 3.0)})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
+def test_an_update_that_cannot_be_averaged_changes_nothing_and_may_come_again(
+    begun: MakeUpdates, variant: str, value: float
+) -> None:
+    updates = begun(variant)
+    with pytest.raises(ProtocolError, match="update of 'a' cannot be averaged"):
+        updates.take("a", 1, of_trunk(variant, 1.0), factors(1.0, value))
+    assert updates.counted == {}
+    updates.take("a", 1, of_trunk(variant, 1.0), factors(1.0, 2.0))
+    adapter, _ = updates.result({} if variant == "sflv1" else factors(1.0, 1.0, trunk=True))
+    assert same(adapter, {**factors(1.0, 1.0, trunk=True), **factors(1.0, 2.0)})
+
+
+@pytest.mark.parametrize("variant", ["sflv2", "parallel"])
+def test_what_one_trains_itself_the_trunk_trains_for_the_others(begun: MakeUpdates, variant: str) -> None:
+    """The bottom of a holds the block that the trunk runs for b: its own update counts 1, the trunk's for b 3."""
+    updates = begun(variant, own={"a": {"bottom_blocks": 2}, "b": {}})
+    left = factors(1.0, 4.0, trunk=True)
+    updates.take("a", 1, {}, {**factors(1.0, 8.0, trunk=True), **factors(1.0, 0.0)})
+    updates.take("b", 1, left if variant == "sflv2" else {}, factors(1.0, 0.0))
+    adapter, _ = updates.result(left)
+    assert same(adapter, {**factors(1.0, 5.0, trunk=True), **factors(1.0, 0.0)})
+
+
+def test_a_late_update_counts_by_its_change(begun: MakeUpdates) -> None:
+    """Late for round 1, from 0 to 5; round 2 starts from 1, and a goes to 3: 1 + 5 and 3, a mean of 4.5."""
+    updates = begun()
+    updates.begin(RunState(1, factors(1.0, 1.0, trunk=True), factors(1.0, 1.0)), 2, late=["c"])
+    updates.take("c", 1, factors(1.0, 5.0, trunk=True), factors(1.0, 5.0))
+    updates.take("a", 2, factors(1.0, 3.0, trunk=True), factors(1.0, 3.0))
+    adapter, _ = updates.result({})
+    assert same(adapter, {**factors(1.0, 4.5, trunk=True), **factors(1.0, 4.5)})
+    assert updates.counted == {"c": 1, "a": 2}
+
+
+def test_a_round_that_is_begun_again_counts_nothing_of_its_first_attempt(begun: MakeUpdates) -> None:
+    updates = begun("parallel")
+    updates.take("a", 1, {}, factors(1.0, 100.0))
+    updates.begin(START, 1)
+    assert updates.counted == {}
+    updates.take("b", 1, {}, factors(1.0, 2.0))
+    adapter, _ = updates.result(factors(1.0, 0.0, trunk=True))
+    assert same(adapter, {**factors(1.0, 0.0, trunk=True), **factors(1.0, 2.0)})
+
+
+def test_only_what_a_round_trains_is_sent(begun: MakeUpdates) -> None:
+    updates = begun(lora="alternating")
+    assert updates.trained == {TRUNK_B, B}
+    assert updates.shapes("a", 1) == {B: (WIDE, R)}
+    updates.begin(START, 2)
+    assert updates.trained == {TRUNK_A, A}
+    assert updates.shapes("a", 2) == {A: (R, WIDE)}
+
+
+def test_an_agent_starts_from_its_own_rank(begun: MakeUpdates) -> None:
+    updates = begun(lora="flexlora", least_rank=1, own={"a": {"rank": 1}})
+    assert shapes_of(updates.start_of("a")) == {A: (1, WIDE), B: (WIDE, 1)}
+    assert same(updates.start_of("b"), START.ends)
+
+
+def test_what_the_rule_keeps_frozen_goes_out_with_the_start_and_survives_a_restart(begun: MakeUpdates) -> None:
+    updates = begun(lora="flora")
+    updates.take("a", 1, factors(1.0, 1.0, trunk=True), factors(1.0, 1.0))
+    updates.result({})
+    residual = updates.residual
+    assert residual.keys() == {TRUNK_A, TRUNK_B, A, B}
+    state = RunState(1, START.trunk, START.ends, aggregator=updates.aggregator_state)
+    resumed = begun(lora="flora", state=state)
+    assert same(resumed.residual, residual)
+    assert same(resumed.start_of("a"), {**START.ends, **{f"{RESIDUAL}{name}": residual[name] for name in (A, B)}})
+
+
+@pytest.mark.parametrize(
+    ("variant", "lora", "still"),
+    [
+        ("sflv1", "factors", {f"{TRUNK_A}/m", f"{B}/m"}),
+        ("sflv1", "flexlora", set()),
+        ("parallel", "flexlora", {f"{TRUNK_A}/m"}),
+    ],
+)
+def test_moments_of_replaced_factors_are_forgotten(
+    begun: MakeUpdates, variant: str, lora: str, still: set[str]
+) -> None:
+    moments = {f"{TRUNK_A}/m": torch.ones(1), f"{B}/m": torch.ones(1)}
+    assert begun(variant, lora=lora).still_true(moments).keys() == still
+
+
+def test_a_run_in_which_nobody_trains_anything_but_the_shared_trunk_keeps_its_ends(begun: MakeUpdates) -> None:
+    updates = begun("parallel", state=RunState(0, START.trunk, {}))
+    updates.take("a", 1, {}, {})
+    left = factors(1.0, 7.0, trunk=True)
+    assert updates.result(left) == (left, {})
