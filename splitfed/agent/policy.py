@@ -40,8 +40,8 @@ def agree(policy: AgentPrivacySection, run: RunConfig) -> PrivacySection:
     _refuse_open_channels(policy, privacy, run)
     if run.federation.merge_ends == "step" and privacy.is_on and privacy.adapter == "update":
         raise JoinRefused(
-            f"The run {run.run.name!r} merges bottom and top at every step, but adapter = \"update\" protects no step's "
-            'gradient; set adapter = "dp-sgd" in this agent\'s [privacy], or ask for merge_ends = "round".'
+            f'The run {run.run.name!r} merges bottom and top at every step, but adapter = "update" protects no '
+            'gradient of a step; set adapter = "dp-sgd" in this agent\'s [privacy], or ask for merge_ends = "round".'
         )
     refuse_weak_noise(policy, privacy, run)
     return privacy

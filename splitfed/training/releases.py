@@ -247,8 +247,8 @@ class LedgeredReleases:
         """
         if self.update is not None:
             raise PrivacyError(
-                'A step\'s gradient would leave without noise: privacy.adapter = "update" protects the update of a whole '
-                'round; set adapter = "dp-sgd", or federation.merge_ends = "round".'
+                "A step's gradient would leave without noise: privacy.adapter = \"update\" protects a whole round's "
+                'update; set adapter = "dp-sgd", or federation.merge_ends = "round".'
             )
         self._charge_update(round)
         return dict(gradients)
