@@ -78,6 +78,21 @@ class TrunkTrainer:
         """Blocks of the whole model that the trunk runs."""
         return self._trunk.blocks
 
+    def trunk_over(self, blocks: range | None) -> Trunk:
+        """Give the trunk over some of its blocks, in the thread that owns it; each slice is cut once.
+
+        Args:
+            blocks: Indices in the whole model; None: all of the trunk's.
+
+        Raises:
+            SplitPointError: If they are no slice of the trunk.
+        """
+        if blocks is None or blocks == self._trunk.blocks:
+            return self._trunk
+        if blocks not in self._slices:
+            self._slices[blocks] = trunk_slice(self._trunk, blocks)
+        return self._slices[blocks]
+
     def load_residual(self, residual: Mapping[str, Tensor]) -> None:
         """Set the frozen adapter under the trained ones, for every client and slice of the trunk.
 
@@ -132,7 +147,7 @@ class TrunkTrainer:
             joint: Gradients are gathered with those of the others that share it, for steps that are applied at once.
             trained: Names that are trained in this round, in an adapter of its own; none: all.
         """
-        trunk = self._slice(blocks)
+        trunk = self.trunk_over(blocks)
         common = None if shared is None else self._shared[shared]
         self._slots[slot] = Slot(
             client or slot,
@@ -319,14 +334,6 @@ class TrunkTrainer:
         if trunk is not self._trunk:  # moments that go from client to client are of all blocks
             optimiser = {key: moment for key, moment in optimiser.items() if key.rpartition("/")[0] in state}
         return TrunkAdapter(state, optimiser, self._training, device=self._parameter.device, trained=trained)
-
-    def _slice(self, blocks: range | None) -> Trunk:
-        """Give the trunk over some of its blocks; each slice is cut once."""
-        if blocks is None or blocks == self._trunk.blocks:
-            return self._trunk
-        if blocks not in self._slices:
-            self._slices[blocks] = trunk_slice(self._trunk, blocks)
-        return self._slices[blocks]
 
     def _names(self, trunk: Segment) -> dict[str, str]:
         """Map whole-model names of a trunk's adapter to those of its own parameters."""
