@@ -18,7 +18,7 @@ from splitfed.agent.prepare import Prepared, prepare
 from splitfed.agent.progress import Progress
 from splitfed.agent.segments import fetch_segments
 from splitfed.agent.server_calls import RoundReport, ServerCalls, translated
-from splitfed.agent.state import AgentState
+from splitfed.agent.state import PERSONAL, AgentState
 from splitfed.compress import get_codec
 from splitfed.config import AgentConfig, RunConfig
 from splitfed.errors import LinkError, RoundLost, ServerUnreachable
@@ -34,9 +34,6 @@ from splitfed.transport.link import GrpcLink, MeanGradient
 _log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-
-_PERSONAL = "personal/"
-"""What the names of tensors that stay on this device begin with, beside the optimiser's state."""
 
 
 class Agent:
@@ -169,7 +166,7 @@ class Agent:
             )
             held_out = evaluate_locally(link, prepared, start, round=round)
         after = trainer.adapter_state()
-        kept = trainer.optimiser.state() | {f"{_PERSONAL}{name}": after[name] for name in prepared.personal}
+        kept = trainer.optimiser.state() | {f"{PERSONAL}{name}": after[name] for name in prepared.personal}
         self._state.keep_optimiser(prepared.run_key, round, kept, start=opened.last_counted)
         held_out_loss = None if held_out is None else held_out.own
         self._submit(calls, prepared, round, start, local, held_out_loss, adapter_traffic)
@@ -207,9 +204,9 @@ class Agent:
         if state is None:
             _log.warning("the optimiser's state after round %d is not here; it starts afresh", opened.last_counted)
         state = state or {}
-        kept = {name.removeprefix(_PERSONAL): state[name] for name in state if name.startswith(_PERSONAL)}
+        kept = {name.removeprefix(PERSONAL): state[name] for name in state if name.startswith(PERSONAL)}
         ends = prepared.begin_round(opened.round, start, kept)
-        moments = {name: moment for name, moment in state.items() if not name.startswith(_PERSONAL)}
+        moments = {name: moment for name, moment in state.items() if not name.startswith(PERSONAL)}
         if prepared.run.rule.renews_factors:
             moments = without(moments, ends.keys() - prepared.personal)
         trainer.optimiser.load(moments)

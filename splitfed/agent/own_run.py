@@ -1,5 +1,7 @@
 """The run as this device takes part in it: with the split point and the rank that its owner chose."""
 
+import hashlib
+
 from splitfed.config import AgentSection, RunConfig
 from splitfed.errors import JoinRefused
 
@@ -27,3 +29,12 @@ def own_run(agent: AgentSection, run: RunConfig) -> RunConfig:
         )
     lora = run.lora.model_copy(update={"rank": rank, "alpha": run.lora.alpha * rank / run.lora.rank})
     return run.model_copy(update={"model": run.model.model_copy(update=cut), "lora": lora})
+
+
+def run_key(run: RunConfig) -> str:
+    """Name this run and no other, for files that outlive it: its id, and a hash of its configuration.
+
+    Args:
+        run: The run as this device takes part in it.
+    """
+    return f"{run.run.name}-{hashlib.sha256(run.model_dump_json().encode()).hexdigest()[:12]}"

@@ -1,6 +1,5 @@
 """What an agent sets up once it knows the run: segments, data, the gate and the trainer."""
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from splitfed.agent.own_run import run_key
 from splitfed.agent.policy import refuse_weak_noise
 from splitfed.config import AgentConfig, PrivacySection, RunConfig
 from splitfed.federation import trained_factors
@@ -116,7 +116,7 @@ class Prepared:
     @property
     def run_key(self) -> str:
         """Name of this run and no other, for files that outlive it: its id, and a hash of its configuration."""
-        return f"{self.run_id}-{hashlib.sha256(self.run.model_dump_json().encode()).hexdigest()[:12]}"
+        return run_key(self.run)
 
 
 def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder: Path, ledger: Ledger) -> Prepared:

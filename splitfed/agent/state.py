@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,9 @@ from torch import Tensor
 from splitfed.errors import ConfigError, StateError
 
 _AGENT_ID_BYTES = 16
+PERSONAL: Final = "personal/"
+"""What the names of tensors that stay on this device begin with, beside the optimiser's state."""
+
 _SNAPSHOT = re.compile(r"after-round-(\d+)\.safetensors")
 
 
@@ -80,6 +83,11 @@ class AgentState:
             return load_file(self._folder(run_id) / f"after-round-{round:04d}.safetensors")
         except (OSError, SafetensorError):
             return None
+
+    def rounds_kept(self, run_id: str) -> list[int]:
+        """Name the rounds at whose end the optimiser's state is kept, from the earliest on."""
+        found = (_SNAPSHOT.fullmatch(file.name) for file in self._folder(run_id).glob("after-round-*"))
+        return sorted(int(match[1]) for match in found if match)
 
     def keep_optimiser(self, run_id: str, round: int, state: Mapping[str, Tensor], *, start: int | None = None) -> None:
         """Keep the optimiser's state at a round's end, and the round's beginning, which may be needed once more.

@@ -3,8 +3,9 @@
 from splitfed.cli.application import app, main
 from splitfed.cli.daemons import agent, demo, server
 from splitfed.cli.privacy import audit, ledger
+from splitfed.cli.results import generate
 
-for command in (server, agent, demo, audit, ledger):  # in the order of the help
+for command in (server, agent, demo, generate, audit, ledger):  # in the order of the help
     app.command()(command)
 
 __all__ = ["app", "main"]

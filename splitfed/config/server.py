@@ -6,6 +6,7 @@ from typing import Annotated, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from splitfed.config.aggregation import AggregationSection
+from splitfed.config.generation import GenerationSection
 from splitfed.config.privacy import PrivacySection, refuse_unsound
 from splitfed.config.run import (
     CodecSection,
@@ -53,6 +54,7 @@ class ServerConfig(Section):
     aggregation: AggregationSection = AggregationSection()
     privacy: PrivacySection = PrivacySection()
     server: ServerSection = ServerSection()
+    generation: GenerationSection = GenerationSection()
     tls: TlsSection | None = None
 
     @field_validator("privacy")

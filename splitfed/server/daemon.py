@@ -15,14 +15,15 @@ from splitfed.config import ServerConfig
 from splitfed.errors import AddressInUse
 from splitfed.federation import Phase
 from splitfed.models import export_adapter
-from splitfed.proto.v1 import federation_pb2_grpc, joining_pb2_grpc, training_pb2_grpc
+from splitfed.proto.v1 import federation_pb2_grpc, generation_pb2_grpc, joining_pb2_grpc, training_pb2_grpc
 from splitfed.server.base import BaseFolder
 from splitfed.server.boundary import ErrorBoundary
 from splitfed.server.coordinator import Coordinator
 from splitfed.server.devices import Devices
 from splitfed.server.engine import LocalEngine
+from splitfed.server.generation import Generations
 from splitfed.server.metrics import exposed
-from splitfed.server.services import FederationService, Identity, JoiningService, TrainingService
+from splitfed.server.services import FederationService, GenerationService, Identity, JoiningService, TrainingService
 from splitfed.server.store import RunState, RunStore
 from splitfed.training.denoising import FitDenoiser
 from splitfed.training.setup import lora_settings
@@ -81,7 +82,9 @@ class Daemon:
             fit_denoiser=fit_denoiser,
             devices=devices,
         )
+        self._generations = Generations(self.coordinator, self._engine)
         self._blocks = trainer.blocks
+        self._hidden_size = trainer.hidden_size
 
     async def serve(self, stop: asyncio.Event) -> int:
         """Serve until the run is over, or until it is asked to stop: then work in progress ends first.
@@ -101,6 +104,18 @@ class Daemon:
             TrainingService(self.coordinator, identity, self._blocks), server
         )
         federation_pb2_grpc.add_FederationServicer_to_server(FederationService(self.coordinator, identity), server)
+        generation_pb2_grpc.add_GenerationServicer_to_server(
+            GenerationService(
+                self.coordinator,
+                self._generations,
+                self._base,
+                identity,
+                self._worker,
+                blocks=self._blocks,
+                hidden_size=self._hidden_size,
+            ),
+            server,
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
             bound = [self._listen(server, address) for address in self._addresses()]
@@ -110,7 +125,8 @@ class Daemon:
                 await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
                 self._store.write_address(bound[0])
                 _log.info("serving the run %s on %s", self._config.run_id, " and ".join(bound))
-                _log.info("waiting for agents (0 of %d here)", self._config.federation.agents)
+                if self.coordinator.rounds.phase is not Phase.FINISHED:
+                    _log.info("waiting for agents (0 of %d here)", self._config.federation.agents)
                 await self._until_over(stop)
                 await self._health.enter_graceful_shutdown()
                 await self.coordinator.drain()
@@ -122,7 +138,10 @@ class Daemon:
         return self._last_word()
 
     async def _until_over(self, stop: asyncio.Event) -> None:
-        """Wait for a signal, the run's end, or the last agent's; look at the clock meanwhile."""
+        """Wait for a signal, the run's end, or the last agent's; look at the clock meanwhile.
+
+        A server that generates outlives the run: there only a signal ends it.
+        """
         ended = asyncio.create_task(self.coordinator.wait_for_end())
         stopped = asyncio.create_task(stop.wait())
         finished_s: float | None = None
@@ -131,6 +150,10 @@ class Daemon:
                 await asyncio.wait({ended, stopped}, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
                 await self.coordinator.tick()
                 if self.coordinator.rounds.is_abandoned:
+                    return
+                if self.coordinator.rounds.phase is Phase.FINISHED and self._config.generation.enabled:
+                    _log.info("the run is over; its members can generate until this server is stopped")
+                    await stopped
                     return
                 if self.coordinator.rounds.phase is Phase.FINISHED:
                     now_s = asyncio.get_running_loop().time()

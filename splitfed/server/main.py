@@ -69,20 +69,23 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
         overwrite: Remove the run in the directory.
 
     Returns:
-        The daemon, ready to serve; None if the run to go on with is over already.
+        The daemon, ready to serve; None if the run to go on with is over already, and no text is to be generated.
 
     Raises:
         SplitFedError: If the base model cannot be loaded, or the directory holds another run.
     """
     folder = resolve_base(config.model.base, config.model.revision)
-    _check_positions(folder, config.training.max_tokens)
+    _check_positions(folder, "training.max_tokens", config.training.max_tokens)
+    if config.generation.max_tokens is not None:
+        _check_positions(folder, "generation.max_tokens", config.generation.max_tokens)
     base = BaseFolder(folder)
     store = RunStore(config.run.directory, _identity(config, base), resume=resume, overwrite=overwrite)
     with ExitStack() as opened:
         opened.callback(store.close)
         store.write_config(config)
         state = store.load()
-        if state is not None and state.round >= config.training.rounds:
+        is_over = state is not None and state.round >= config.training.rounds
+        if is_over and not config.generation.enabled:
             _log.info("the run %s is over; its adapter is in %s", config.run_id, store.final_adapter)
             return None
         residual_rank = config.shared().residual_rank
@@ -90,10 +93,11 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
         if state is None:
             adapter = adapter_state(trunk)
             state = RunState(0, adapter, start_of_run(folder, config.lora, adapter, seed=config.run.seed))
-        else:
+        elif not is_over:
             _log.info("going on after round %d of %d", state.round, config.training.rounds)
         trainer = TrunkTrainer(trunk, config.training, seed=config.run.seed)
-        fit_denoiser = _entrance(folder, config, trunk) if config.privacy.denoise and config.privacy.is_on else None
+        needs_entrance = config.privacy.denoise and config.privacy.is_on and not is_over
+        fit_denoiser = _entrance(folder, config, trunk) if needs_entrance else None
         opened.pop_all()
         devices = Devices(config.shared(), shapes_of(state.ends), _shapes_of_blocks(trunk))
         return Daemon(config, state, trainer, store, base, fit_denoiser=fit_denoiser, devices=devices)
@@ -112,11 +116,11 @@ def _entrance(folder: Path, config: ServerConfig, trunk: Trunk) -> FitDenoiser:
     return entrance_of_run(parts, config.privacy, max_tokens=config.training.max_tokens)
 
 
-def _check_positions(folder: Path, max_tokens: int) -> None:
+def _check_positions(folder: Path, key: str, max_tokens: int) -> None:
     """Refuse sequences that are longer than the base model can count."""
     positions = getattr(load_config(folder), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_tokens:
-        raise ConfigError(f"training.max_tokens is {max_tokens}, but the base has {positions} positions; lower it")
+        raise ConfigError(f"{key} is {max_tokens}, but the base has {positions} positions; lower it")
 
 
 async def _serve_until_signal(daemon: Daemon) -> int:

@@ -18,6 +18,7 @@ from splitfed.config import (
     TrainingSection,
 )
 from splitfed.config.aggregation import AggregationSection
+from splitfed.config.generation import GenerationSection
 
 OPEN = CodecSection(smashed="none", trunk_output="none", output_gradient="none", smashed_gradient="none")
 
@@ -52,5 +53,6 @@ def server_config(folder: Path, base: Path | str = "demo", **sections: Any) -> S
         codecs=sections.get("codecs", OPEN),
         aggregation=AggregationSection(**sections.get("aggregation", {"lora": "factors"})),
         server=ServerSection(address="127.0.0.1:0", **sections.get("server", {})),
+        generation=GenerationSection(**sections.get("generation", {})),
         tls=sections.get("tls"),
     )

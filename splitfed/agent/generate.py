@@ -1,0 +1,218 @@
+"""The command that generates: prompts in, text out, through the server's trunk."""
+
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from splitfed.agent.generate_calls import GenerateCalls, LastRound
+from splitfed.agent.generate_setup import Generator, open_generator
+from splitfed.agent.own_run import own_run
+from splitfed.agent.state import PERSONAL, AgentState
+from splitfed.config import AgentConfig, refuse_plain_text
+from splitfed.errors import ConfigError, NonFiniteLoss
+from splitfed.privacy import UNIT, Ledger, witness_folder
+from splitfed.training.decoding import Decoding, generate
+from splitfed.training.generated_releases import GeneratedReleases
+from splitfed.training.link import Traffic
+from splitfed.training.prompts import Prompt, PromptReader
+from splitfed.training.runtime import prepare_process
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be generated.
+
+    Attributes:
+        texts: Prompts as text.
+        files: Files of prompts.
+        max_tokens: Most tokens of prompt and text together; None = those of the run's training.
+        temperature: Logits are divided by it before a token is drawn; 0 or None = the most likely token.
+        top_p: Draw among the most likely tokens with so much probability together.
+        seed: Seed of the draws; None = from the operating system.
+    """
+
+    texts: Sequence[str] = ()
+    files: Sequence[str] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+class _Stopped(BaseException):
+    """A signal asked to stop."""
+
+
+class _Streamer(TextStreamer):
+    """Gives text away as soon as its words are certain."""
+
+    def __init__(self, generator: Generator, write: Callable[[str], object]) -> None:
+        super().__init__(generator.tokenizer, skip_special_tokens=True)
+        self._write = write
+
+    def take(self, token: int | None) -> None:
+        """Take the next token; None: the text is over."""
+        if token is None:
+            self.end()
+        else:
+            self.put(torch.tensor([token]))
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Give it away, with the end of the line after the last."""
+        self._write(text + "\n" * stream_end)
+
+
+def run_generate(config: AgentConfig, wanted: Wanted, *, write: Callable[[str], object], insecure: bool = False) -> int:
+    """Generate text for each prompt, one after the other.
+
+    Args:
+        config: The agent's configuration.
+        wanted: What is to be generated.
+        write: Takes the text, piece by piece; each text ends with the end of a line.
+        insecure: Allow plain text beyond this machine.
+
+    Returns:
+        The exit status: 0 when all is written, or a signal came.
+
+    Raises:
+        SplitFedError: What keeps it from being generated.
+    """
+    refuse_plain_text({"agent.server": config.agent.server}, has_tls=config.tls is not None, insecure=insecure)
+    prepare_process(config.agent.threads)
+    before = signal.signal(signal.SIGTERM, _stop)
+    with ExitStack() as opened:
+        opened.callback(signal.signal, signal.SIGTERM, before)
+        opened.enter_context(suppress(_Stopped))  # what was charged was charged
+        generate_here(config, wanted, write=write)
+    return 0
+
+
+def generate_here(config: AgentConfig, wanted: Wanted, *, write: Callable[[str], object]) -> list[list[int]]:
+    """Generate with this process as it is; the arguments are those of `run_generate`.
+
+    Returns:
+        The tokens of each text.
+    """
+    with ExitStack() as opened:
+        state = AgentState(config.agent.state_directory)
+        opened.callback(state.close)
+        ledger = opened.enter_context(Ledger(state.ledger_path, witnesses=witness_folder()))
+        calls = GenerateCalls(config, state.agent_id)
+        opened.callback(calls.close)
+        run, folder = calls.base_folder(state.base_cache, own=lambda run: own_run(config.agent, run))
+        generator = open_generator(config, run, folder, ledger)
+        prompts = _prompts(config, wanted, generator, ledger)
+        max_tokens = _length(wanted, generator, prompts)
+        last = calls.last_round(generator)
+        generator.begin(last.state, _kept(state, generator, last))
+        releases = GeneratedReleases(
+            generator.privacy,
+            ledger,
+            generator.run_id,
+            last.number,
+            max_tokens,
+            is_coupled=bool(generator.personal) and generator.privacy.adapter != "dp-sgd",
+        )
+        releases.check_budget([prompt.record for prompt in prompts])
+        _log.info("generating with round %d of the run %s", last.number, generator.run_id)
+        texts = _texts(calls, generator, releases, prompts, wanted, write)
+        _say_what_it_cost(releases, ledger, len(prompts))
+        return texts
+
+
+def _texts(
+    calls: GenerateCalls,
+    generator: Generator,
+    releases: GeneratedReleases,
+    prompts: Sequence[Prompt],
+    wanted: Wanted,
+    write: Callable[[str], object],
+) -> list[list[int]]:
+    decoding = Decoding(temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed)
+    texts, traffic = [], Traffic()
+    for index, prompt in enumerate(prompts):
+        streamer = _Streamer(generator, write)
+        with calls.link(generator, releases.round, max_tokens=releases.max_tokens, traffic=traffic) as link:
+            mechanism = releases.open(prompt.record, index)
+            text = generate(
+                link,
+                generator.bottom,
+                generator.top,
+                prompt.input_ids,
+                max_tokens=releases.max_tokens,
+                end_tokens=generator.end_tokens,
+                decoding=decoding,
+                release=None if mechanism is None else mechanism.release,
+                filler=generator.filler,
+                on_token=streamer.take,
+            )
+        if mechanism is not None and not mechanism.was_finite:
+            raise NonFiniteLoss(
+                "A row of smashed data was not finite and left as noise alone; train the adapter again."
+            )
+        texts.append(text)
+    return texts
+
+
+def _prompts(config: AgentConfig, wanted: Wanted, generator: Generator, ledger: Ledger) -> list[Prompt]:
+    reader = PromptReader(config.data, generator.tokenizer, ledger.record_hash)
+    prompts = [reader.of_text(text) for text in wanted.texts]
+    for file in wanted.files:
+        prompts += reader.of_file(file)
+    if not prompts:
+        raise ConfigError("there is nothing to generate from; give --prompt TEXT, or a --file with a row at least")
+    return prompts
+
+
+def _length(wanted: Wanted, generator: Generator, prompts: Sequence[Prompt]) -> int:
+    """Give the length that is declared for every sequence, after a look at whether all of it can be kept."""
+    max_tokens = wanted.max_tokens or generator.run.training.max_tokens
+    if generator.positions is not None and max_tokens > generator.positions:
+        raise ConfigError(f"--max-tokens is {max_tokens}, but the base model counts to {generator.positions}; lower it")
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    if longest >= max_tokens:
+        raise ConfigError(
+            f"a prompt has {longest} tokens, which leaves no room for text in {max_tokens} (--max-tokens, the prompt "
+            "included); shorten it, or raise --max-tokens"
+        )
+    return max_tokens
+
+
+def _kept(state: AgentState, generator: Generator, last: LastRound) -> dict[str, Tensor]:
+    """Give the tensors that this agent keeps to itself, as of its last round up to that one; none before its first."""
+    rounds = [round for round in state.rounds_kept(generator.run_key) if round <= last.number]
+    if not generator.personal or not rounds:
+        return {}
+    found = state.optimiser_after(generator.run_key, rounds[-1])
+    if found is None:
+        _log.warning("the personal adapter after round %d cannot be read; the run's is used", rounds[-1])
+        return {}
+    return {name: found[f"{PERSONAL}{name}"] for name in generator.personal if f"{PERSONAL}{name}" in found}
+
+
+def _say_what_it_cost(releases: GeneratedReleases, ledger: Ledger, sequences: int) -> None:
+    if not releases.is_noisy:
+        _log.warning("noise was off: the prompts and the texts can be read from what left, and nothing is guaranteed")
+        return
+    _log.info(
+        "charged: %d sequences of %d tokens with noise multiplier %g, unit %s, relation %s",
+        sequences,
+        releases.max_tokens,
+        releases.privacy.noise_multiplier,
+        UNIT,
+        releases.privacy.relation,
+    )
+    _log.info("privacy in total: %s", ledger.total_statement())
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped

@@ -1,0 +1,97 @@
+"""Text through the daemons is the text of stock transformers and PEFT, token for token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import splitfed
+from splitfed.agent.generate import Wanted, generate_here
+from splitfed.config import AgentConfig, ServerConfig
+from tests.equivalence.tiny_models import tiny_model
+from tests.service.conftest import server_config, write_texts
+from tests.service.local import LocalServer, agent_config, serving, start_agent
+
+MAX_TOKENS = 40
+PROMPTS = ["The clinic says", "a number", "times seven is forty two, and that is what the branch says of it", "x"]
+CUTS = {"as-the-run": (1, 1), "inner": (2, 1), "outer": (0, 2)}
+
+
+@dataclass
+class Trained:
+    """A server that generates, after a run of one agent for each cut."""
+
+    folder: Path
+    config: ServerConfig
+    server: LocalServer
+    base: Path
+
+    def agent(self, name: str, **own: Any) -> AgentConfig:
+        return agent_config(self.folder, name, self.server.address, self.folder / f"{name}.jsonl", **own)
+
+    def stock(self) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        return PeftModel.from_pretrained(model, self.config.run.directory / "adapter").eval()
+
+    def stock_texts(self, prompts: list[str], **options: Any) -> list[list[int]]:
+        model, tokenizer = self.stock(), AutoTokenizer.from_pretrained(self.base)
+        texts = []
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            whole = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_length=MAX_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            )
+            texts.append(whole[0, ids.shape[1] :].tolist())
+        return texts
+
+
+def save_tiny(family: str, folder: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(splitfed.base_model_folder())
+    tiny_model(family, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    folder = tmp_path_factory.mktemp(request.param)
+    base = save_tiny(request.param, folder / "base")
+    config = server_config(
+        folder,
+        base,
+        model={"least_bottom_blocks": 0},
+        training={"rounds": 1, "learning_rate": 0.03},
+        federation={"agents": len(CUTS)},
+        generation={"enabled": True, "max_tokens": 64},
+    )
+    with serving(config) as server:
+        found = Trained(folder, config, server, base)
+        ended = []
+        for name, (bottom_blocks, top_blocks) in CUTS.items():
+            write_texts(folder / f"{name}.jsonl", name, 8)
+            ended.append(start_agent(found.agent(name, bottom_blocks=bottom_blocks, top_blocks=top_blocks)))
+        for future in ended:
+            future.result(240)
+        yield found
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_greedy_text_is_that_of_the_unsplit_model_with_the_exported_adapter(trained: Trained, name: str) -> None:
+    own = dict(zip(("bottom_blocks", "top_blocks"), CUTS[name], strict=True))
+    written: list[str] = []
+    texts = generate_here(trained.agent(name, **own), Wanted(PROMPTS, max_tokens=MAX_TOKENS), write=written.append)
+    wanted = trained.stock_texts(PROMPTS)
+    assert texts == wanted
+    assert len({tuple(text) for text in texts}) == len(PROMPTS)
+    tokenizer = AutoTokenizer.from_pretrained(trained.base)
+    assert "".join(written) == "".join(f"{tokenizer.decode(text, skip_special_tokens=True)}\n" for text in wanted)
