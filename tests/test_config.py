@@ -155,6 +155,11 @@ def test_what_does_not_go_together_with_the_run_is_refused(
             "[training]\nbatch_size = 8\nmicro_batch_size = 3",
             "training.micro_batch_size is 3, which does not divide batch_size = 8; choose a divisor",
         ),
+        (
+            '[training]\nwarmup_steps = 5\nschedule = "constant"',
+            'training.schedule is "constant", which has no warm-up, with warmup_steps = 5; set it to '
+            '"constant_with_warmup", or leave warmup_steps out',
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_key_or_value_of_a_server_is_named(

@@ -102,8 +102,8 @@ class TrainingSection(Section):
     """FedProx's mu: how strongly local steps are held to what the round started from."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Local steps over which the learning rate rises from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls after the warm-up, over all rounds."""
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up, over all rounds; "constant" has no warm-up."""
     max_in_flight: Annotated[int, Field(ge=1, le=64)] = 2
     """Micro-batches on their way at the same time."""
 
@@ -113,6 +113,17 @@ class TrainingSection(Section):
         batch_size = info.data.get("batch_size")
         if value is not None and batch_size is not None and batch_size % value:
             raise ValueError(f"is {value}, which does not divide batch_size = {batch_size}; choose a divisor")
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _knows_of_the_warm_up(cls, value: str, info: ValidationInfo) -> str:
+        warmup_steps = info.data.get("warmup_steps")
+        if value == "constant" and warmup_steps:
+            raise ValueError(
+                f'is "constant", which has no warm-up, with warmup_steps = {warmup_steps}; set it to '
+                '"constant_with_warmup", or leave warmup_steps out'
+            )
         return value
 
 

@@ -116,7 +116,7 @@ class MembershipGames:
         setting, config = self._setting, self._setting.config
         training = config.training.model_copy(update={"rounds": 1})
         if config.training.rounds > 1:  # the run's schedule hardly falls in its first round
-            training = training.model_copy(update={"schedule": "constant"})
+            training = training.model_copy(update={"schedule": "constant_with_warmup"})
         parts = setting.parts()
         with tempfile.TemporaryDirectory(prefix="splitfed-audit-") as folder, Ledger(Path(folder) / "ledger") as ledger:
             workload = Workload(training, [example.record for example in members])

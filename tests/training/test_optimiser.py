@@ -1,5 +1,7 @@
 """The optimiser is torch's AdamW under transformers' schedule, and its state is all that it remembers."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,8 +39,10 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup_steps", [0, 2])
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps"),
+    [("constant", 0), *product(["constant_with_warmup", "linear", "cosine"], [0, 2])],
+)
 def test_every_step_is_that_of_adamw_under_transformers_schedule(schedule: str, warmup_steps: int) -> None:
     training = settings(schedule, warmup_steps=warmup_steps)
     ours, theirs = parameters(), parameters()
