@@ -1,18 +1,16 @@
-"""The server's half of a local step: forward, backward and update of the trunk, for clients alone or together."""
+"""The server's half of a local step: what is asked of the trunk for which client, and which step is applied."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from splitfed.config import TrainingSection
 from splitfed.errors import ProtocolError
 from splitfed.models import Segment, Trunk, adapter_parameters, load_residual, trunk_slice
 from splitfed.privacy.denoise import Denoiser
-from splitfed.training.seeds import derive_seed
 from splitfed.training.trunk_adapter import TrunkAdapter
+from splitfed.training.trunk_pass import TrunkPasses, backward_pass
 from splitfed.training.trunk_slot import Pending, Slot, TrunkBackward, TrunkForward
 
 
@@ -60,13 +58,12 @@ class TrunkTrainer:
         self._trunk = trunk
         self.denoiser = denoiser
         self._training = training
-        self._seed = seed
         self._local_names: dict[Segment, dict[str, str]] = {}
         self._slices: dict[range, Trunk] = {}
         self._slots: dict[str, Slot] = {}
         self._shared: dict[str, _Shared] = {}
         self._parameter = next(trunk.parameters())
-        self._passes = 0
+        self._passes = TrunkPasses(self._names, self._parameter, seed=seed)
 
     @property
     def hidden_size(self) -> int:
@@ -203,7 +200,7 @@ class TrunkTrainer:
             For each call a trunk output, shape [B, T, D], or why this call was refused: then it was not run, and the
             others were run without it.
         """
-        passes: dict[tuple[object, ...], list[int]] = {}
+        passes: dict[tuple[object, ...], list[tuple[int, Slot]]] = {}
         outputs: dict[int, Tensor | ProtocolError] = {}
         for index, call in enumerate(calls):
             try:
@@ -215,9 +212,10 @@ class TrunkTrainer:
                 continue
             parts = call.attention_mask_BT is None, call.position_ids_BT is None, call.trains
             key = (id(slot.trunk), id(slot.adapter), *call.smashed_BTD.shape[1:], *parts)
-            passes.setdefault(key, []).append(index)
+            passes.setdefault(key, []).append((index, slot))
         for together in passes.values():
-            outputs.update(zip(together, self._forward_pass([calls[index] for index in together]), strict=True))
+            found = self._passes.forward([(calls[index], slot) for index, slot in together])
+            outputs.update(zip((index for index, _ in together), found, strict=True))
         return [outputs[index] for index in range(len(calls))]
 
     def backward(self, slot: str, step: int, micro_batch: int, output_gradient_BTD: Tensor) -> Tensor | None:
@@ -257,7 +255,7 @@ class TrunkTrainer:
             passes.setdefault(pending.together, []).append((index, pending))
         for together in passes.values():
             asked = [(calls[index], pending) for index, pending in together]
-            found = self._backward_pass(asked)
+            found = backward_pass(asked, self._slot(asked[0][0].slot).gradients)
             gradients.update(zip((index for index, _ in together), found, strict=True))
         return [gradients[index] for index in range(len(calls))]
 
@@ -344,79 +342,6 @@ class TrunkTrainer:
             }
         return self._local_names[trunk]
 
-    def _forward_pass(self, calls: Sequence[TrunkForward]) -> list[Tensor | ProtocolError]:
-        """Run calls of one adapter, trunk and shape; dropout follows the first one's random stream.
-
-        What is not finite in one's rows would be in everyone's gradients: the pass is run again without that one.
-        """
-        slots = [self._slot(call.slot) for call in calls]
-        call, slot = calls[0], slots[0]
-        smashed = [each.smashed_BTD.detach().to(self._parameter.device, self._parameter.dtype) for each in calls]
-        for smashed_BTD, each in zip(smashed, calls, strict=True):
-            smashed_BTD.requires_grad_(each.trains and each.wants_smashed_gradient)
-        tensors = slot.adapter.current()
-        slot.trunk.train(call.trains)
-        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(call.trains):
-            torch.manual_seed(derive_seed(self._seed, "trunk", slot.round, slot.client, call.step, call.micro_batch))
-            entering = [
-                smashed_BTD if each.denoiser is None else each.denoiser(smashed_BTD)
-                for smashed_BTD, each in zip(smashed, slots, strict=True)
-            ]
-            output_NTD: Tensor = functional_call(
-                slot.trunk,
-                {local: tensors[name] for name, local in self._names(slot.trunk).items()},
-                (_joined(entering),),
-                {
-                    "attention_mask": _joined([each.attention_mask_BT for each in calls]),
-                    "position_ids": _joined([each.position_ids_BT for each in calls]),
-                },
-            )
-            outputs = output_NTD.split([len(each) for each in smashed]) if len(calls) > 1 else [output_NTD]
-        if len(calls) > 1 and call.trains and not torch.isfinite(output_NTD.detach()).all():
-            return self._forward_pass_of_finite(calls, [bool(torch.isfinite(each).all()) for each in outputs])
-        if call.trains:
-            self._passes += 1
-            for each, state, smashed_BTD, output_BTD in zip(calls, slots, smashed, outputs, strict=True):
-                if not state.is_amid_step:
-                    state.version = state.adapter.version
-                state.pending[each.step, each.micro_batch] = Pending(tensors, smashed_BTD, output_BTD, self._passes)
-        return [output_BTD.detach() for output_BTD in outputs]
-
-    def _forward_pass_of_finite(
-        self, calls: Sequence[TrunkForward], is_finite: Sequence[bool]
-    ) -> list[Tensor | ProtocolError]:
-        """Run the calls whose output is finite, and refuse the others."""
-        kept = [call for call, is_kept in zip(calls, is_finite, strict=True) if is_kept]
-        outputs = iter(self._forward_pass(kept) if kept else [])
-        return [
-            next(outputs)
-            if is_kept
-            else ProtocolError(
-                f"The trunk output of {self._slot(call.slot).client!r} in step {call.step} is not finite; lower the "
-                "learning rate."
-            )
-            for call, is_kept in zip(calls, is_finite, strict=True)
-        ]
-
-    def _backward_pass(self, together: Sequence[tuple[TrunkBackward, Pending]]) -> list[Tensor | None]:
-        """Go back through forwards of one pass; gather the adapter's gradients, give the smashed ones."""
-        given = [_scaled(call.output_gradient_BTD.to(pending.output_BTD), call.share) for call, pending in together]
-        tensors = {name: tensor for name, tensor in together[0][1].tensors.items() if tensor.requires_grad}
-        entries = [pending.smashed_BTD for _, pending in together if pending.smashed_BTD.requires_grad]
-        wanted = [*tensors.values(), *entries]
-        outputs = [pending.output_BTD for _, pending in together]
-        found = torch.autograd.grad(outputs, wanted, given, allow_unused=True) if wanted else ()
-        gathered = self._slot(together[0][0].slot).gradients
-        for name, gradient in zip(tensors, found, strict=False):
-            if gradient is not None:
-                gathered[name] = gathered[name] + gradient if name in gathered else gradient
-        at_entry = iter(found[len(tensors) :])
-        smashed: list[Tensor | None] = []
-        for call, pending in together:
-            at_smashed = next(at_entry) if pending.smashed_BTD.requires_grad else None
-            smashed.append(None if at_smashed is None else _scaled(at_smashed, 1 / call.share))
-        return smashed
-
     def _slot(self, slot: str) -> Slot:
         if slot not in self._slots:
             raise ProtocolError("This round has not been opened, or was opened again elsewhere.")
@@ -428,15 +353,3 @@ def _taken(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     taken = dict(gradients)
     gradients.clear()
     return taken
-
-
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    return tensor if factor == 1 else tensor * factor
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Join along the sequences; a single part is given as it is, and so is nothing."""
-    given = [part for part in parts if part is not None]
-    if len(given) < 2:
-        return given[0] if given else None
-    return torch.cat(given)
