@@ -1,0 +1,9 @@
+"""Which commands there are, in the order of the help."""
+
+from splitfed.cli.application import app
+from splitfed.cli.daemons import agent, demo, server
+from splitfed.cli.privacy import audit, ledger
+from splitfed.cli.results import generate
+
+for command in (server, agent, demo, generate, audit, ledger):
+    app.command()(command)
