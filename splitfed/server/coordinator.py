@@ -327,7 +327,7 @@ class Coordinator:
     def _begin_round(self) -> list[MemberSession]:
         """Begin the current round, whether it was begun before or not; gives the sessions that are over by it."""
         state, number = self._state, self.rounds.current
-        self._updates.begin(state, number, late=self._sessions.late)
+        self._updates.begin(state, number, late=self._sessions.late_rounds)
         self._trunk_round = TrunkRound(
             variant_of(self.config.federation.variant),
             self._engine,

@@ -64,6 +64,11 @@ class RoundSessions:
         """Clients whose session is kept although its round is over: their late update is still waited for."""
         return [client for client in self._sessions if self._rounds.lateness(client) is not None]
 
+    @property
+    def late_rounds(self) -> set[int]:
+        """The rounds that these sessions are of."""
+        return {self._sessions[client].round for client in self.late}
+
     def begin(self, trunk_round: TrunkRound) -> list[MemberSession]:
         """Go on to the next round, or to the same one from its start.
 

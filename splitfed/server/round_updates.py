@@ -1,7 +1,7 @@
 """The updates of a round: what an agent starts from, what it then sends, and what all of that comes to."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
@@ -46,18 +46,18 @@ class RoundUpdates:
         self._aggregator = make_aggregator(self._rule, self._rank)
         self._aggregator.load(aggregator)
         self._base: dict[str, Tensor] = {}
-        self._late_bases: dict[str, dict[str, Tensor]] = {}
+        self._bases: dict[int, dict[str, Tensor]] = {}
 
-    def begin(self, state: RunState, round: int, *, late: Iterable[str] = ()) -> None:
+    def begin(self, state: RunState, round: int, *, late: Collection[int] = ()) -> None:
         """Open a round; what came since the last result is forgotten.
 
         Args:
             state: What it starts from.
             round: The round, from 1.
-            late: Clients whose update of an earlier round is still waited for.
+            late: Earlier rounds of which an update is still waited for.
         """
-        self._late_bases = {client: self._late_bases.get(client, self._base) for client in late}
         self._base, self._ends, self._round = {**state.trunk, **state.ends}, state.ends, round
+        self._bases = {**{number: self._bases[number] for number in late}, round: self._base}
         self._counted = dict(state.counted)
         self._held: dict[str, Mapping[str, Tensor]] = {}
         self._aggregator.begin(self._base, round)
@@ -115,7 +115,7 @@ class RoundUpdates:
         """
         counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._devices.contested
         of_trunk = {name: trunk[name] for name in counted}
-        own_base = self._late_bases[client] if round < self._round else None
+        own_base = self._bases[round] if round < self._round else None
         try:
             if self._variant.shares_adapter:
                 self._try(client, ends)

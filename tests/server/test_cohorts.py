@@ -254,6 +254,27 @@ async def test_a_late_member_that_starts_again_gives_up_its_update_and_waits_for
     assert slow.slot not in run.engine.states
 
 
+async def test_one_that_is_late_again_is_counted_by_what_it_started_from_the_last_time(open_run: OpenRun) -> None:
+    """Round 1 takes ends from 0 to 1, and d gives its part up; late for round 2, it goes from 1 to 1."""
+    run = open_run(agents=4, rounds=4, straggler_margin=3, late_updates="merge")
+    await leave_d_behind(run)
+    await run.join("d")
+    slow = await run.train("d", steps=1)
+    for client in "abc":
+        await run.train(client)
+    await time_passes(run, 2)
+    for client in "abc":
+        await submit(run, client, 2, 1.0)
+    await time_passes(run, 5)
+    await step(slow, 1)
+    assert await submit(run, "d", 2, 1.0)
+    for client in "abc":
+        await run.train(client)
+    for client in "abc":
+        await submit(run, client, 3, 1.0)
+    assert torch.equal(run.exported[3][ENDS], torch.ones(3))
+
+
 async def test_a_late_member_that_leaves_leaves_nothing_behind(open_run: OpenRun) -> None:
     run = open_run(agents=4, straggler_margin=3, late_updates="merge")
     slow = await leave_d_behind(run)

@@ -122,7 +122,7 @@ def test_what_one_trains_itself_the_trunk_trains_for_the_others(begun: MakeUpdat
 def test_a_late_update_counts_by_its_change(begun: MakeUpdates) -> None:
     """Late for round 1, from 0 to 5; round 2 starts from 1, and a goes to 3: 1 + 5 and 3, a mean of 4.5."""
     updates = begun()
-    updates.begin(RunState(1, factors(1.0, 1.0, trunk=True), factors(1.0, 1.0)), 2, late=["c"])
+    updates.begin(RunState(1, factors(1.0, 1.0, trunk=True), factors(1.0, 1.0)), 2, late=[1])
     updates.take("c", 1, factors(1.0, 5.0, trunk=True), factors(1.0, 5.0))
     updates.take("a", 2, factors(1.0, 3.0, trunk=True), factors(1.0, 3.0))
     adapter, _ = updates.result({})
