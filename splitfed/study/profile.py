@@ -1,0 +1,214 @@
+"""Measure a device: matrix products in the shapes that a step has, memory, calls, codecs, noise.
+
+Each figure is the best of several tries: what else runs on a machine only ever makes it slower.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from typing import Final
+
+import torch
+from transformers import LlamaConfig
+
+from splitfed.compress import CODECS
+from splitfed.config.device import (
+    CodecRates,
+    ComputeSection,
+    DeviceProfile,
+    DeviceSection,
+    LinkSection,
+    MatmulSection,
+    ProcessSection,
+)
+from splitfed.models import LoraSettings
+from splitfed.privacy import GaussianSequenceMechanism
+from splitfed.study.cost.parts import block_cost
+from splitfed.study.cost.shape import DTYPES, ModelShape, model_shape
+from splitfed.study.cost.timing import compute_s
+from splitfed.study.cost.workload import Workload
+from splitfed.training.runtime import prepare_process
+
+Progress = Callable[[str], None]
+
+_ROWS: Final = 512
+_WIDTHS: Final = (16, 64, 256, 768, 2048)
+_CROSSING: Final = (4, 128, 768)
+_CHAIN_ELEMENTS: Final = 1 << 21
+_LEAST_S: Final = 0.05
+_LONG_S: Final = 0.03
+_TRIES: Final = 5
+_BARE = "import splitfed.agent.main, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def measure_device(
+    *, threads: int | None = None, link: LinkSection | None = None, on_progress: Progress = lambda what: None
+) -> DeviceProfile:
+    """Measure this device, in a few seconds.
+
+    Args:
+        threads: CPU threads for arithmetic; None: torch's choice, which is also the daemons'.
+        link: What was measured of the way to a server; None: nothing was.
+        on_progress: Told what is measured now.
+    """
+    prepare_process(threads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tables = {}
+        for dtype in DTYPES:
+            on_progress(f"matrix products in {dtype}")
+            tables[dtype] = _rates(dtype)
+        on_progress("memory")
+        bandwidth = _bandwidth()
+        on_progress("codecs and noise")
+        codecs = CodecRates(**{name: _codec_rate(name) for name in CODECS if name in CodecRates.model_fields})
+        noise = _noise_rate()
+        on_progress("a transformer block")
+        call_s = _call_s()
+    profile = DeviceProfile(
+        device=DeviceSection(name=platform.node() or "this device", source=_source(), memory_bytes=_memory_bytes()),
+        matmul=MatmulSection(**tables),
+        compute=ComputeSection(bandwidth_bytes_per_s=bandwidth, call_s=call_s, noise_elements_per_s=noise),
+        process=ProcessSection(memory_bytes=_bare_process_bytes()),
+        codecs=codecs,
+        link=link,
+    )
+    return _corrected(profile)
+
+
+def _rates(dtype: str) -> list[list[float]]:
+    """Measure products of [512, K] and [K, K], for several K; gives pairs of FLOPs and FLOP/s, rising in FLOPs."""
+    points = []
+    for width in _WIDTHS:
+        a, b = (torch.randn(rows, width).to(DTYPES[dtype]) for rows in (_ROWS, width))
+        flops = 2.0 * _ROWS * width * width
+        points.append([flops, flops / _best_s(lambda a=a, b=b: a @ b)])  # type: ignore[misc]
+        if points[-1][0] / points[-1][1] > _LONG_S:
+            break  # larger ones are no faster, and take long
+    return points
+
+
+def _bandwidth() -> float:
+    """Measure bytes per second of what stands between matrix products: sums, products, norms, activations."""
+    x, y = torch.randn(2, _CHAIN_ELEMENTS // 1024, 1024).unbind()
+
+    def chain() -> None:
+        torch.tanh(x * y + x)
+        torch.nn.functional.layer_norm(x, (1024,))
+
+    traffic_bytes = (3 + 3 + 2 + 2) * _CHAIN_ELEMENTS * x.element_size()
+    return traffic_bytes / _best_s(chain)
+
+
+def _codec_rate(name: str) -> float:
+    codec, x_BTD = CODECS[name], torch.randn(_CROSSING)
+
+    def there_and_back() -> None:
+        codec.decode(codec.encode(x_BTD), _CROSSING)
+
+    return 2 * x_BTD.numel() / _best_s(there_and_back)
+
+
+def _noise_rate() -> float:
+    mechanism, x_BTD = GaussianSequenceMechanism(1.0, 1.0), torch.randn(_CROSSING)
+    return x_BTD.numel() / _best_s(lambda: mechanism.release(x_BTD))
+
+
+def _call_s() -> float:
+    """Measure what a call takes: a block so small that nothing else counts."""
+    shape = _block_of(64)
+    workload = Workload(batch_size=1, tokens=8)
+    cost = block_cost(shape, 0, workload, goes_on=True)
+    return _block_s(64, workload) / (cost.forward + cost.backward).operations
+
+
+def _corrected(profile: DeviceProfile) -> DeviceProfile:
+    """Note by how much a block in training takes longer, or less long, than its parts."""
+    workload = Workload(batch_size=4, tokens=128)
+    cost = block_cost(_block_of(512), 0, workload, goes_on=True)
+    computed_s = compute_s(cost.forward + cost.backward, profile)
+    correction = min(max(_block_s(512, workload) / computed_s, 0.1), 10.0)
+    return profile.model_copy(update={"compute": profile.compute.model_copy(update={"correction": correction})})
+
+
+def _config_of(width: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=1,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def _block_of(width: int) -> ModelShape:
+    return model_shape(_config_of(width))
+
+
+def _block_s(width: int, workload: Workload) -> float:
+    """Time a real block with its adapter, forward and backward."""
+    from transformers import AutoModelForCausalLM
+
+    from splitfed.models import add_adapter, partition
+
+    model = AutoModelForCausalLM.from_config(_config_of(width))
+    trunk = partition(model, bottom_blocks=0, top_blocks=0).trunk
+    add_adapter(trunk, LoraSettings(), seed=0)
+    trunk.train()
+    hidden_BTD = torch.randn(workload.sequences, workload.tokens, width, requires_grad=True)
+    gradient_BTD = torch.randn(workload.sequences, workload.tokens, width)
+
+    def step() -> None:
+        trunk(hidden_BTD).backward(gradient_BTD)
+
+    return _best_s(step)
+
+
+def _best_s(work: Callable[[], object]) -> float:
+    """Give the seconds of the fastest try, after a warm-up; short work is done often in a try, long work is not tried
+    again.
+    """
+    work()
+    started_s = time.perf_counter()
+    work()
+    best_s = time.perf_counter() - started_s
+    times = max(1, round(_LEAST_S / _TRIES / max(best_s, 1e-9)))
+    for _ in range(_TRIES if best_s < _LEAST_S * _TRIES else 0):
+        started_s = time.perf_counter()
+        for _ in range(times):
+            work()
+        best_s = min(best_s, (time.perf_counter() - started_s) / times)
+    return best_s
+
+
+def _memory_bytes() -> int:
+    """Give the memory that is there for a process now; where the system does not say, all that is installed."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _bare_process_bytes() -> int:
+    """Give the memory of an agent that holds no model."""
+    kib = subprocess.run([sys.executable, "-c", _BARE], check=True, capture_output=True, text=True).stdout
+    return int(kib) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _source() -> str:
+    from splitfed import __version__
+
+    return (
+        f"splitfed {__version__} profile, {date.today().isoformat()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {platform.machine()}"
+    )
