@@ -4,6 +4,7 @@ from splitfed.cli.application import app
 from splitfed.cli.daemons import agent, demo, server
 from splitfed.cli.privacy import audit, ledger
 from splitfed.cli.results import generate
+from splitfed.cli.study import profile
 
-for command in (server, agent, demo, generate, audit, ledger):
+for command in (server, agent, demo, generate, profile, audit, ledger):
     app.command()(command)
