@@ -34,6 +34,7 @@ def metrics_line(
     seconds: float,
     happenings: Mapping[str, object],
     aggregation: Mapping[str, float],
+    ages: Mapping[int, int] | None = None,
 ) -> dict[str, object]:
     """Give the line that ``metrics.jsonl`` gets at a round's end.
 
@@ -44,7 +45,12 @@ def metrics_line(
         seconds: What the round took.
         happenings: What ``happenings`` gives.
         aggregation: Figures of the rule.
+        ages: How many steps were applied at each age, where clients step as they come.
     """
+    staleness = {}
+    if ages:
+        mean = sum(age * steps for age, steps in ages.items()) / sum(ages.values())
+        staleness = {"staleness": {"mean": round(mean, 3), "oldest": max(ages)}}
     return {
         "round": state.round,
         "rounds": rounds,
@@ -62,6 +68,7 @@ def metrics_line(
         },
         "adapter": f"adapters/round-{state.round:04d}",
         "aggregation": dict(sorted(aggregation.items())),
+        **staleness,
         **happenings,
     }
 

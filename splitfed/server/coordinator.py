@@ -398,7 +398,13 @@ class Coordinator:
         taken = {client: self._contributions[client] for client in {*self.rounds.submitted, *self.rounds.merged}}
         happened = happenings(self.rounds)
         metrics = metrics_line(
-            state, taken, rounds=self.rounds.rounds, seconds=seconds, happenings=happened, aggregation=notes
+            state,
+            taken,
+            rounds=self.rounds.rounds,
+            seconds=seconds,
+            happenings=happened,
+            aggregation=notes,
+            ages=self._trunk_round.ages,
         )
         await self._off_loop(lambda: self._write(state, metrics))
         self._state = state

@@ -84,6 +84,11 @@ class TrunkRound:
         """What gathers joint steps, once the round has begun; None in other variants."""
         return self._calls if isinstance(self._calls, JointCalls) else None
 
+    @property
+    def ages(self) -> Mapping[int, int]:
+        """How many steps were applied at each age, where clients step as they come; empty in other variants."""
+        return self._calls.ages if isinstance(self._calls, FreeCalls) else {}
+
     async def open(self, client: str, slot: str, members: Iterable[str], *, blocks: range | None = None) -> TrunkCalls:
         """Fill a client's slot at the round's start.
 

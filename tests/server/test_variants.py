@@ -800,6 +800,29 @@ async def test_a_step_waits_for_a_slower_one_that_would_become_too_old(open_run:
     await asyncio.wait_for(waiting, 20)
 
 
+async def test_the_age_of_steps_is_in_the_metrics(open_run: OpenRun) -> None:
+    """b's first step has age 0, a's first and b's second, which waits for it, age 1, all others 0."""
+    run = open_run("async", agents=2, max_staleness=1)
+    sessions, waiting = await held_back(run)
+    await step(sessions["a"], 0)
+    await asyncio.wait_for(waiting, 20)
+    for number in range(1, STEPS):
+        await forward(sessions["a"], number)
+        await step(sessions["a"], number)
+    for number in range(2, STEPS):
+        await forward(sessions["b"], number)
+        await step(sessions["b"], number)
+    await submit(run, *"ab")
+    assert run.metrics()[0]["staleness"] == {"mean": round(2 / (2 * STEPS), 3), "oldest": 1}
+
+
+@pytest.mark.parametrize("variant", ["sflv1", "sflv2", "parallel"])
+async def test_steps_that_have_no_age_say_nothing_of_it(open_run: OpenRun, variant: str) -> None:
+    run = open_run(variant, agents=1)
+    await finish(run, await start(run, "a"))
+    assert "staleness" not in run.metrics()[0]
+
+
 @pytest.mark.parametrize("goes", ["leaves", "falls silent", "starts again", "is refused"])
 async def test_a_step_waits_no_longer_for_one_that_goes(open_run: OpenRun, goes: str) -> None:
     run = open_run("async", agents=2, max_staleness=1)
