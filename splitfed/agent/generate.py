@@ -16,11 +16,12 @@ from splitfed.agent.generate_setup import Generator, open_generator
 from splitfed.agent.own_run import own_run
 from splitfed.agent.state import PERSONAL, AgentState
 from splitfed.config import AgentConfig, refuse_plain_text
-from splitfed.errors import ConfigError, NonFiniteLoss
+from splitfed.errors import ConfigError, LinkError, NonFiniteLoss, PrivacyError, SplitFedError
 from splitfed.privacy import UNIT, Ledger, witness_folder
+from splitfed.privacy.row_by_row import RowByRowMechanism
 from splitfed.training.decoding import Decoding, generate
 from splitfed.training.generated_releases import GeneratedReleases
-from splitfed.training.link import Traffic
+from splitfed.training.generation import GenerationLink
 from splitfed.training.prompts import Prompt, PromptReader
 from splitfed.training.runtime import prepare_process
 
@@ -138,29 +139,49 @@ def _texts(
     write: Callable[[str], object],
 ) -> list[list[int]]:
     decoding = Decoding(temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed)
-    texts, traffic = [], Traffic()
+    texts, failure = list[list[int]](), None
     for index, prompt in enumerate(prompts):
-        streamer = _Streamer(generator, write)
-        with calls.link(generator, releases.round, max_tokens=releases.max_tokens, traffic=traffic) as link:
-            mechanism = releases.open(prompt.record, index)
-            text = generate(
-                link,
-                generator.bottom,
-                generator.top,
-                prompt.input_ids,
-                max_tokens=releases.max_tokens,
-                end_tokens=generator.end_tokens,
-                decoding=decoding,
-                release=None if mechanism is None else mechanism.release,
-                filler=generator.filler,
-                on_token=streamer.take,
-            )
-        if mechanism is not None and not mechanism.was_finite:
-            raise NonFiniteLoss(
-                "A row of smashed data was not finite and left as noise alone; train the adapter again."
-            )
-        texts.append(text)
+        try:
+            with calls.link(generator, releases.round, max_tokens=releases.max_tokens) as link:
+                mechanism = releases.open(prompt.record, index)
+                text = _text(link, generator, mechanism, prompt, decoding, write, max_tokens=releases.max_tokens)
+                texts.append(text)
+        except (LinkError, PrivacyError):
+            raise
+        except (OSError, SplitFedError) as error:  # with noise on how many texts are begun depends on none of them
+            if not releases.is_noisy:
+                raise
+            failure = failure or error
+    if failure is not None:
+        raise failure
     return texts
+
+
+def _text(
+    link: GenerationLink,
+    generator: Generator,
+    mechanism: RowByRowMechanism | None,
+    prompt: Prompt,
+    decoding: Decoding,
+    write: Callable[[str], object],
+    *,
+    max_tokens: int,
+) -> list[int]:
+    text = generate(
+        link,
+        generator.bottom,
+        generator.top,
+        prompt.input_ids,
+        max_tokens=max_tokens,
+        end_tokens=generator.end_tokens,
+        decoding=decoding,
+        release=None if mechanism is None else mechanism.release,
+        filler=generator.filler,
+        on_token=_Streamer(generator, write).take,
+    )
+    if mechanism is not None and not mechanism.was_finite:
+        raise NonFiniteLoss("A row of smashed data was not finite and left as noise alone; train the adapter again.")
+    return text
 
 
 def _prompts(config: AgentConfig, wanted: Wanted, generator: Generator, ledger: Ledger) -> list[Prompt]:

@@ -18,7 +18,7 @@ from splitfed.errors import JoinRefused, LinkError, ProtocolError, ServerUnreach
 from splitfed.models import resolve_base
 from splitfed.proto.v1 import generation_pb2, joining_pb2
 from splitfed.proto.v1.generation_pb2_grpc import GenerationStub
-from splitfed.training.link import Traffic, link_codecs
+from splitfed.training.link import link_codecs
 from splitfed.transport.adapters import IncomingAdapter
 from splitfed.transport.backoff import Backoff
 from splitfed.transport.channel import open_channel
@@ -77,8 +77,7 @@ class GenerateCalls:
             run = self.persistently(calls.describe)
             if agent.base is not None:
                 return run, resolve_base(agent.base, run.model.revision)
-            with translated():
-                return run, fetch_segments(calls.joining, run.run.name, own(run).model, cache)
+            return run, self.persistently(lambda: _segments(calls, own(run), cache))
 
     def last_round(self, generator: Generator) -> LastRound:
         """Fetch the adapters after the last whole round.
@@ -106,7 +105,7 @@ class GenerateCalls:
         )
         return self.persistently(lambda: self._fetch(request, generator))
 
-    def link(self, generator: Generator, round: int, *, max_tokens: int, traffic: Traffic) -> GrpcGenerationLink:
+    def link(self, generator: Generator, round: int, *, max_tokens: int) -> GrpcGenerationLink:
         """Give the link of one sequence, which opens where it is entered."""
         opening = generation_pb2.OpenSequence(
             run_id=generator.run_id,
@@ -123,7 +122,6 @@ class GenerateCalls:
             link_codecs(generator.run.codecs),
             retry_for_s=self._config.agent.retry_for_s,
             silence_s=generator.run.federation.agent_timeout_s,
-            traffic=traffic,
         )
 
     def persistently(self, call: Callable[[], R]) -> R:
@@ -167,3 +165,8 @@ class GenerateCalls:
         if number is None:
             raise ServerUnreachable("The server ended the stream before the adapter came.")
         return LastRound(number, incoming.state())
+
+
+def _segments(calls: ServerCalls, run: RunConfig, cache: Path) -> Path:
+    with translated():
+        return fetch_segments(calls.joining, run.run.name, run.model, cache)

@@ -1,5 +1,6 @@
 """The commands that use what a run has come to."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,5 +53,7 @@ def generate(
 
 
 def _write(text: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what this terminal cannot show stops nothing
     with writing_to_stdout():
         sys.stdout.write(text)

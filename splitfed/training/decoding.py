@@ -11,7 +11,7 @@ import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from splitfed.errors import NonFiniteLoss
+from splitfed.errors import NonFiniteLoss, SplitFedError
 from splitfed.models import Bottom, Top
 from splitfed.privacy import bounded_reply
 from splitfed.training.generation import GenerationLink
@@ -91,14 +91,15 @@ def generate(
 
     Raises:
         NonFiniteLoss: If the model's numbers are not finite.
+        OSError: What ``on_token`` raises, as well as a `SplitFedError`.
         LinkError: If the sequence is lost.
 
     Guarantees:
         * The tokens are those of the unsplit model, up to float32 rounding of its logits.
         * Without ``release`` no row leaves that is not needed, and the prompt leaves in one piece.
         * With ``release`` exactly T − 1 rows leave, one at a time, each after the answer to the one before, and the
-          same operations are made for each: neither the prompt's length nor the text's shows. What is not finite ends
-          nothing before the last row.
+          same operations are made for each: neither the prompt's length nor the text's shows. What is not finite, or
+          cannot be written, ends nothing before the last row.
     """
     bottom.eval()
     top.eval()
@@ -107,14 +108,27 @@ def generate(
     options = {"logits_to_keep": 1} if "logits_to_keep" in signature(top.model.forward).parameters else {}
     tokens, text, sent = list(prompt), list[int](), 0
     waiting: list[int | None] = []
-    is_over, was_finite = False, True
+    is_over, was_finite, failure = False, True, None
+
+    def tell() -> Exception | None:
+        try:
+            for each in waiting if failure is None else ():
+                on_token(each)
+        except (OSError, SplitFedError) as error:  # a reader who has seen enough would tell how long the text is
+            if not is_hidden:
+                raise
+            return error
+        finally:
+            waiting.clear()
+        return failure
+
     while sent < max_tokens - 1 and (is_hidden or not is_over):
         piece = tokens[sent : sent + 1] if is_hidden else tokens[sent:]
         smashed_1TD = bottom(torch.tensor([piece]), past_key_values=caches[0])
+        if not (is_hidden or torch.isfinite(smashed_1TD).all()):
+            raise NonFiniteLoss("The bottom's output is not finite, so it was not sent; train the adapter again.")
         answer = link.forward(smashed_1TD if release is None else release(smashed_1TD))
-        for each in waiting:
-            on_token(each)
-        waiting.clear()
+        failure = tell()
         output_1TD = bounded_reply(answer.result())
         logits_1V = top(output_1TD, past_key_values=caches[1], **options).logits[:, -1].float()
         sent += len(piece)
@@ -128,9 +142,10 @@ def generate(
             if not is_over:
                 text.append(token)
                 is_over = token in end_tokens or len(tokens) == max_tokens
-                waiting = [token, None] if is_over else [token]
-    for each in waiting:
-        on_token(each)
+                waiting += [token, None] if is_over else [token]
+    failure = tell()
+    if failure is not None:
+        raise failure
     if not was_finite:
         raise NonFiniteLoss("The model's logits are not finite, so what it wrote means nothing; train it again.")
     return text

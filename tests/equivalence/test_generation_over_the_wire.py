@@ -17,7 +17,7 @@ from tests.equivalence.tiny_models import tiny_model
 from tests.service.conftest import server_config, write_texts
 from tests.service.local import LocalServer, agent_config, serving, start_agent
 
-MAX_TOKENS = 40
+MAX_TOKENS = 32
 PROMPTS = ["The clinic says", "a number", "times seven is forty two, and that is what the branch says of it", "x"]
 CUTS = {"as-the-run": (1, 1), "inner": (2, 1), "outer": (0, 2)}
 

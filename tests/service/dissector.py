@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from hpack import Decoder
 
-from splitfed.proto.v1 import federation_pb2, joining_pb2, training_pb2
+from splitfed.proto.v1 import federation_pb2, generation_pb2, joining_pb2, training_pb2
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, CONTINUATION = 0, 1, 9
@@ -20,7 +20,7 @@ CONTROL = {2, 3, 4, 6, 7, 8}  # priority, reset, settings, ping, goaway, window 
 def requests_by_path() -> dict[str, type[Message]]:
     """Look every method of every service up in the descriptors."""
     found = {}
-    for module in (joining_pb2, training_pb2, federation_pb2):
+    for module in (joining_pb2, training_pb2, federation_pb2, generation_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 found[f"/{service.full_name}/{method.name}"] = getattr(module, method.input_type.name)

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+
+from splitfed import cli
+
+AGENT = (
+    '[agent]\nname = "a"\nserver = "127.0.0.1:1"\nstate_directory = "state"\nretry_for_s = 0\n[data]\npath = "a.csv"\n'
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "agent.toml"
+    file.write_text(AGENT)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "there is nothing to generate from; give --prompt TEXT or --file FILE"),
+        (["--prompt", "x", "--max-tokens", "1"], "--max-tokens is 1; give 2 or more"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature is -1; give 0 for the most likely token"),
+        (["--prompt", "x", "--temperature", "1e-9"], "--temperature is 1e-09; give 0 for the most likely token"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature is nan"),
+        (["--prompt", "x", "--top-p", "0"], "--top-p is 0; give a probability above 0"),
+        (["--prompt", "x", "--top-p", "1.5"], "--top-p is 1.5"),
+        (["--prompt", "x", "--seed", "-3"], "--seed is -3; give 0 or more"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_of_generate_is_one_sentence(
+    config: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", "--config", str(config), *options])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"splitfed: {said}")
+    assert error.count("\n") == 1
+
+
+def test_generate_needs_certificates_or_a_word_beyond_this_machine(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(AGENT.replace("127.0.0.1:1", "192.0.2.1:1"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", "--config", str(config), "--prompt", "x"])
+    assert ended.value.code == 2
+    assert "agent.server" in capsys.readouterr().err
