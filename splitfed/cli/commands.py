@@ -8,3 +8,5 @@ from splitfed.cli.study import profile
 
 for command in (server, agent, demo, generate, profile, audit, ledger):
     app.command()(command)
+
+__all__ = ["app"]
