@@ -19,7 +19,12 @@ from tests.service.local import LocalServer, agent_config, serving, start_agent
 
 MAX_TOKENS = 32
 PROMPTS = ["The clinic says", "a number", "times seven is forty two, and that is what the branch says of it", "x"]
-CUTS = {"as-the-run": (1, 1), "inner": (2, 1), "outer": (0, 2)}
+OWN = {
+    "as-the-run": {},
+    "inner": {"bottom_blocks": 2, "rank": 2},
+    "outer": {"bottom_blocks": 0, "top_blocks": 2},
+}
+RULES = {"gpt2": "flexlora", "llama": "flora"}
 
 
 @dataclass
@@ -34,12 +39,12 @@ class Trained:
     def agent(self, name: str, **own: Any) -> AgentConfig:
         return agent_config(self.folder, name, self.server.address, self.folder / f"{name}.jsonl", **own)
 
-    def stock(self) -> Any:
+    def stock(self, *, adapted: bool) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-        return PeftModel.from_pretrained(model, self.config.run.directory / "adapter").eval()
+        return PeftModel.from_pretrained(model, self.config.run.directory / "adapter").eval() if adapted else model
 
-    def stock_texts(self, prompts: list[str], **options: Any) -> list[list[int]]:
-        model, tokenizer = self.stock(), AutoTokenizer.from_pretrained(self.base)
+    def stock_texts(self, prompts: list[str], *, adapted: bool = True, **options: Any) -> list[list[int]]:
+        model, tokenizer = self.stock(adapted=adapted), AutoTokenizer.from_pretrained(self.base)
         texts = []
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -70,28 +75,32 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         folder,
         base,
         model={"least_bottom_blocks": 0},
-        training={"rounds": 1, "learning_rate": 0.03},
-        federation={"agents": len(CUTS)},
+        lora={"least_rank": 2},
+        aggregation={"lora": RULES[request.param]},
+        training={"rounds": 2, "learning_rate": 0.03},
+        federation={"agents": len(OWN)},
         generation={"enabled": True, "max_tokens": 64},
     )
     with serving(config) as server:
         found = Trained(folder, config, server, base)
         ended = []
-        for name, (bottom_blocks, top_blocks) in CUTS.items():
+        for name, own in OWN.items():
             write_texts(folder / f"{name}.jsonl", name, 8)
-            ended.append(start_agent(found.agent(name, bottom_blocks=bottom_blocks, top_blocks=top_blocks)))
+            ended.append(start_agent(found.agent(name, **own)))
         for future in ended:
             future.result(240)
         yield found
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", OWN)
 def test_greedy_text_is_that_of_the_unsplit_model_with_the_exported_adapter(trained: Trained, name: str) -> None:
-    own = dict(zip(("bottom_blocks", "top_blocks"), CUTS[name], strict=True))
     written: list[str] = []
-    texts = generate_here(trained.agent(name, **own), Wanted(PROMPTS, max_tokens=MAX_TOKENS), write=written.append)
+    texts = generate_here(
+        trained.agent(name, **OWN[name]), Wanted(PROMPTS, max_tokens=MAX_TOKENS), write=written.append
+    )
     wanted = trained.stock_texts(PROMPTS)
     assert texts == wanted
+    assert trained.stock_texts(PROMPTS, adapted=False) != wanted
     assert len({tuple(text) for text in texts}) == len(PROMPTS)
     tokenizer = AutoTokenizer.from_pretrained(trained.base)
     assert "".join(written) == "".join(f"{tokenizer.decode(text, skip_special_tokens=True)}\n" for text in wanted)
