@@ -4,72 +4,30 @@ import logging
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from types import FrameType
 
-import torch
 from torch import Tensor
-from transformers import TextStreamer
 
 from splitfed.agent.generate_calls import GenerateCalls, LastRound
 from splitfed.agent.generate_setup import Generator, open_generator
 from splitfed.agent.own_run import own_run
 from splitfed.agent.state import PERSONAL, AgentState
 from splitfed.config import AgentConfig, refuse_plain_text
-from splitfed.errors import ConfigError, LinkError, NonFiniteLoss, PrivacyError, SplitFedError
+from splitfed.errors import LinkError, NonFiniteLoss, PrivacyError, SplitFedError
 from splitfed.privacy import UNIT, Ledger, witness_folder
 from splitfed.privacy.row_by_row import RowByRowMechanism
 from splitfed.training.decoding import Decoding, generate
 from splitfed.training.generated_releases import GeneratedReleases
 from splitfed.training.generation import GenerationLink
-from splitfed.training.prompts import Prompt, PromptReader
+from splitfed.training.prompts import Prompt, PromptReader, Wanted, declared_length
 from splitfed.training.runtime import prepare_process
+from splitfed.training.text_pieces import TextPieces
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be generated.
-
-    Attributes:
-        texts: Prompts as text.
-        files: Files of prompts.
-        max_tokens: Most tokens of prompt and text together; None = those of the run's training.
-        temperature: Logits are divided by it before a token is drawn; 0 or None = the most likely token.
-        top_p: Draw among the most likely tokens with so much probability together.
-        seed: Seed of the draws; None = from the operating system.
-    """
-
-    texts: Sequence[str] = ()
-    files: Sequence[str] = ()
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-
 class _Stopped(BaseException):
     """A signal asked to stop."""
-
-
-class _Streamer(TextStreamer):
-    """Gives text away as soon as its words are certain."""
-
-    def __init__(self, generator: Generator, write: Callable[[str], object]) -> None:
-        super().__init__(generator.tokenizer, skip_special_tokens=True)
-        self._write = write
-
-    def take(self, token: int | None) -> None:
-        """Take the next token; None: the text is over."""
-        if token is None:
-            self.end()
-        else:
-            self.put(torch.tensor([token]))
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Give it away, with the end of the line after the last."""
-        self._write(text + "\n" * stream_end)
 
 
 def run_generate(config: AgentConfig, wanted: Wanted, *, write: Callable[[str], object], insecure: bool = False) -> int:
@@ -111,8 +69,10 @@ def generate_here(config: AgentConfig, wanted: Wanted, *, write: Callable[[str],
         opened.callback(calls.close)
         run, folder = calls.base_folder(state.base_cache, own=lambda run: own_run(config.agent, run))
         generator = open_generator(config, run, folder, ledger)
-        prompts = _prompts(config, wanted, generator, ledger)
-        max_tokens = _length(wanted, generator, prompts)
+        prompts = PromptReader(config.data, generator.tokenizer, ledger.record_hash).of(wanted)
+        max_tokens = declared_length(
+            prompts, wanted.max_tokens or generator.run.training.max_tokens, positions=generator.positions
+        )
         last = calls.last_round(generator)
         generator.begin(last.state, _kept(state, generator, last))
         releases = GeneratedReleases(
@@ -177,35 +137,11 @@ def _text(
         decoding=decoding,
         release=None if mechanism is None else mechanism.release,
         filler=generator.filler,
-        on_token=_Streamer(generator, write).take,
+        on_token=TextPieces(generator.tokenizer, write).take,
     )
     if mechanism is not None and not mechanism.was_finite:
         raise NonFiniteLoss("A row of smashed data was not finite and left as noise alone; train the adapter again.")
     return text
-
-
-def _prompts(config: AgentConfig, wanted: Wanted, generator: Generator, ledger: Ledger) -> list[Prompt]:
-    reader = PromptReader(config.data, generator.tokenizer, ledger.record_hash)
-    prompts = [reader.of_text(text) for text in wanted.texts]
-    for file in wanted.files:
-        prompts += reader.of_file(file)
-    if not prompts:
-        raise ConfigError("there is nothing to generate from; give --prompt TEXT, or a --file with a row at least")
-    return prompts
-
-
-def _length(wanted: Wanted, generator: Generator, prompts: Sequence[Prompt]) -> int:
-    """Give the length that is declared for every sequence, after a look at whether all of it can be kept."""
-    max_tokens = wanted.max_tokens or generator.run.training.max_tokens
-    if generator.positions is not None and max_tokens > generator.positions:
-        raise ConfigError(f"--max-tokens is {max_tokens}, but the base model counts to {generator.positions}; lower it")
-    longest = max(len(prompt.input_ids) for prompt in prompts)
-    if longest >= max_tokens:
-        raise ConfigError(
-            f"a prompt has {longest} tokens, which leaves no room for text in {max_tokens} (--max-tokens, the prompt "
-            "included); shorten it, or raise --max-tokens"
-        )
-    return max_tokens
 
 
 def _kept(state: AgentState, generator: Generator, last: LastRound) -> dict[str, Tensor]:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from splitfed.agent.own_run import own_run, run_key
 from splitfed.agent.policy import agree, refuse_weak_noise
 from splitfed.config import AgentConfig, PrivacySection, RunConfig
-from splitfed.errors import ConfigError
 from splitfed.models import (
     Bottom,
     TensorIdentity,
@@ -25,6 +24,7 @@ from splitfed.models import (
 )
 from splitfed.privacy import Ledger
 from splitfed.training.data import load_examples
+from splitfed.training.prompts import end_tokens, positions_of
 from splitfed.training.protection import Workload, settle_clip, settle_noise, with_default_noise
 from splitfed.training.setup import open_bottom_and_top
 from splitfed.training.tokenizer import open_tokenizer
@@ -131,14 +131,13 @@ def open_generator(config: AgentConfig, run: RunConfig, folder: Path, ledger: Le
     refuse_weak_noise(config.privacy, privacy, run)
     ledger.set_policy(delta=privacy.delta, epsilon_budget=config.privacy.epsilon_budget, relation=privacy.relation)
     names = segment_tensor_names(folder, bottom_blocks=run.model.bottom_blocks, top_blocks=run.model.top_blocks)
-    positions = getattr(bottom.config, "max_position_embeddings", None)
     return Generator(
         run=run,
         run_key=run_key(trained),
         bottom=bottom,
         top=top,
         tokenizer=tokenizer,
-        end_tokens=_end_tokens(folder, tokenizer),
+        end_tokens=end_tokens(folder, tokenizer),
         privacy=privacy,
         config_sha256=canonical_config(folder),
         tensors=tensor_hashes(folder, names["bottom"] | names["top"]),
@@ -148,7 +147,7 @@ def open_generator(config: AgentConfig, run: RunConfig, folder: Path, ledger: Le
             if segment.kind in config.agent.personal
             for name in adapter_parameters(segment)
         ),
-        positions=positions if isinstance(positions, int) and positions > 0 else None,
+        positions=positions_of(bottom.config),
     )
 
 
@@ -178,16 +177,3 @@ def _with_the_noise_of_training(
         seed=run.run.seed,
     )
     return settle_noise(privacy, workload)
-
-
-def _end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Give what ends a text: what the base model's generation configuration says, otherwise its tokenizer."""
-    try:
-        said = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    except OSError:  # there is none
-        said = None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{folder}/generation_config.json cannot be used ({error}); correct or remove it") from error
-    if said is None:
-        said = tokenizer.eos_token_id
-    return frozenset([said] if isinstance(said, int) else said or [])

@@ -13,7 +13,13 @@ from splitfed.errors import ConfigError
 
 
 def generate(
-    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The agent's configuration, a TOML file.")],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="The agent's configuration: the trunk is its server's."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="FOLDER", help="In place of --config: a run directory, no daemons.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from.")] = None,
     file: Annotated[
         list[Path] | None, typer.Option("--file", metavar="FILE", help="Prompts, a row each: JSON lines, CSV, Parquet.")
@@ -31,9 +37,11 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the draws.")] = None,
     insecure: Insecure = False,
 ) -> None:
-    """Generate text with a run's last whole round, the trunk on its server."""
+    """Generate text with a run's last whole round."""
     from splitfed.config import load_agent_config
 
+    if (config is None) == (run is None):
+        raise ConfigError("give either --config FILE, an agent's configuration, or --run FOLDER, a run directory")
     if not prompt and not file:
         raise ConfigError("there is nothing to generate from; give --prompt TEXT or --file FILE")
     if max_tokens is not None and max_tokens < 2:
@@ -44,12 +52,19 @@ def generate(
         raise ConfigError(f"--top-p is {top_p:g}; give a probability above 0, at most 1")
     if seed is not None and not 0 <= seed < 2**63:
         raise ConfigError(f"--seed is {seed}; give 0 or more")
-    settings = load_agent_config(config)
+    settings = None if config is None else load_agent_config(config)
     log_to_stderr()
-    from splitfed.agent.generate import Wanted, run_generate
+    from splitfed.training.prompts import Wanted
 
     wanted = Wanted(prompt or (), [str(each) for each in file or ()], max_tokens, temperature, top_p, seed)
-    raise typer.Exit(run_generate(settings, wanted, write=_write, insecure=insecure))
+    if run is not None:
+        from splitfed.study.generate_run import generate_from_run
+
+        generate_from_run(run, wanted, write=_write)
+    if settings is not None:
+        from splitfed.agent.generate import run_generate
+
+        run_generate(settings, wanted, write=_write, insecure=insecure)
 
 
 def _write(text: str) -> None:

@@ -4,14 +4,36 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from splitfed.config import DataSection
-from splitfed.errors import DataError
+from splitfed.errors import ConfigError, DataError
 from splitfed.training.data import RecordHash
 from splitfed.training.rows import Row, read_rows
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be generated.
+
+    Attributes:
+        texts: Prompts as text.
+        files: Files of prompts.
+        max_tokens: Most tokens of prompt and text together; None = those of the run's training.
+        temperature: Logits are divided by it before a token is drawn; 0 or None = the most likely token.
+        top_p: Draw among the most likely tokens with so much probability together.
+        seed: Seed of the draws; None = from the operating system.
+    """
+
+    texts: Sequence[str] = ()
+    files: Sequence[str] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,20 @@ class PromptReader:
         self._data = data
         self._tokenizer = tokenizer
         self._record_hash = record_hash
+
+    def of(self, wanted: Wanted) -> list[Prompt]:
+        """Give all prompts that are wanted, in their order: those of texts, then those of files.
+
+        Raises:
+            ConfigError: If there is none.
+            DataError: If one cannot be used.
+        """
+        prompts = [self.of_text(text) for text in wanted.texts]
+        for file in wanted.files:
+            prompts += self.of_file(file)
+        if not prompts:
+            raise ConfigError("there is nothing to generate from; give --prompt TEXT, or a --file with a row at least")
+        return prompts
 
     def of_text(self, text: str, source: str = "--prompt") -> Prompt:
         """Make a prompt of a text.
@@ -112,3 +148,55 @@ class PromptReader:
             raise DataError(f"{source}: the prompt is empty; give a word to begin with")
         content_bytes = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str).encode()
         return Prompt(ids, self._record_hash(content_bytes))
+
+
+def declared_length(prompts: Sequence[Prompt], max_tokens: int, *, positions: int | None) -> int:
+    """Check the length that is declared for every sequence.
+
+    Args:
+        prompts: At least one.
+        max_tokens: Most tokens of prompt and text together.
+        positions: Most tokens that the base model can count; None: any number.
+
+    Returns:
+        ``max_tokens``.
+
+    Raises:
+        ConfigError: If the model cannot count so far, or a prompt leaves no room for a token.
+    """
+    if positions is not None and max_tokens > positions:
+        raise ConfigError(f"--max-tokens is {max_tokens}, but the base model counts to {positions}; lower it")
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    if longest >= max_tokens:
+        raise ConfigError(
+            f"a prompt has {longest} tokens, which leaves no room for text in {max_tokens} (--max-tokens, the prompt "
+            "included); shorten it, or raise --max-tokens"
+        )
+    return max_tokens
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Give the most tokens that a model can count; None: any number."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Give what ends a text: what the base model's generation configuration says, otherwise its tokenizer.
+
+    Args:
+        folder: The base model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        ConfigError: If there is a generation configuration that cannot be read.
+    """
+    try:
+        said = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    except OSError:  # there is none
+        said = None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{folder}/generation_config.json cannot be used ({error}); correct or remove it") from error
+    if said is None:
+        said = tokenizer.eos_token_id
+    return frozenset([said] if isinstance(said, int) else said or [])

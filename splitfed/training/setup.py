@@ -21,7 +21,7 @@ from splitfed.models import (
     load_trunk,
 )
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def lora_settings(lora: LoraSection) -> LoraSettings:
@@ -33,7 +33,7 @@ def lora_settings(lora: LoraSection) -> LoraSettings:
 def open_trunk(folder: Path, model: ModelSection, lora: LoraSection, *, seed: int, residual_rank: int = 0) -> Trunk:
     """Load the server's segment, with its adapter at the run's start."""
     trunk = load_trunk(
-        folder, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks, dtype=_DTYPES[model.dtype]
+        folder, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks, dtype=DTYPES[model.dtype]
     )
     _adapt(trunk, lora, seed, residual_rank)
     return trunk
@@ -44,7 +44,7 @@ def open_bottom_and_top(
 ) -> tuple[Bottom, Top]:
     """Load an agent's segments, with their adapters at the run's start."""
     bottom, top = load_bottom_and_top(
-        folder, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks, dtype=_DTYPES[model.dtype]
+        folder, bottom_blocks=model.bottom_blocks, top_blocks=model.top_blocks, dtype=DTYPES[model.dtype]
     )
     _adapt(bottom, lora, seed, residual_rank)
     _adapt(top, lora, seed, residual_rank)

@@ -41,6 +41,14 @@ def test_a_wrong_option_of_generate_is_one_sentence(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("options", [[], ["--config", "a.toml", "--run", "run"]], ids=["neither", "both"])
+def test_generate_takes_a_server_or_a_run_directory(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", "--prompt", "x", *options])
+    assert ended.value.code == 2
+    assert "give either --config FILE, an agent's configuration, or --run FOLDER" in capsys.readouterr().err
+
+
 def test_generate_needs_certificates_or_a_word_beyond_this_machine(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitfed
-from splitfed.agent.generate import Wanted, generate_here
+from splitfed.agent.generate import generate_here
 from splitfed.config import AgentConfig, ServerConfig
+from splitfed.study.generate_run import generate_from_run
+from splitfed.training.prompts import Wanted
 from tests.equivalence.tiny_models import tiny_model
 from tests.service.conftest import server_config, write_texts
 from tests.service.local import LocalServer, agent_config, serving, start_agent
@@ -104,3 +106,11 @@ def test_greedy_text_is_that_of_the_unsplit_model_with_the_exported_adapter(trai
     assert len({tuple(text) for text in texts}) == len(PROMPTS)
     tokenizer = AutoTokenizer.from_pretrained(trained.base)
     assert "".join(written) == "".join(f"{tokenizer.decode(text, skip_special_tokens=True)}\n" for text in wanted)
+
+
+def test_a_run_directory_gives_the_same_text_without_daemons(trained: Trained) -> None:
+    written: list[str] = []
+    wanted = Wanted(PROMPTS, max_tokens=MAX_TOKENS)
+    texts = generate_from_run(trained.config.run.directory, wanted, write=written.append)
+    assert texts == trained.stock_texts(PROMPTS)
+    assert "".join(written).count("\n") >= len(PROMPTS)

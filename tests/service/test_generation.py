@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitfed
-from splitfed.agent.generate import Wanted, generate_here
+from splitfed.agent.generate import generate_here
 from splitfed.agent.server_calls import ServerCalls
 from splitfed.agent.state import AgentState
 from splitfed.config import AgentConfig, AgentPrivacySection, ServerConfig
@@ -27,6 +27,7 @@ from splitfed.errors import BudgetExhausted, ConfigError, JoinRefused, NonFinite
 from splitfed.models import canonical_config, resolve_base
 from splitfed.privacy import gaussian_epsilon, read_ledger
 from splitfed.proto.v1 import generation_pb2_grpc
+from splitfed.training.prompts import Wanted
 from tests.service.certificates import Authority
 from tests.service.conftest import OPEN, server_config, write_texts
 from tests.service.cutting_proxy import CuttingProxy
