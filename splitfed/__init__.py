@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from splitfed.assets import base_model_folder
     from splitfed.config import (
         AgentConfig,
+        AggregationSection,
         CodecSection,
+        FederationSection,
         LoraSection,
         ServerConfig,
         TrainingSection,
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AgentConfig": "splitfed.config",
+    "AggregationSection": "splitfed.config",
     "CodecSection": "splitfed.config",
+    "FederationSection": "splitfed.config",
     "LoraSection": "splitfed.config",
     "ServerConfig": "splitfed.config",
     "SplitFedError": "splitfed.errors",
@@ -36,7 +40,9 @@ _HOMES = {
 
 __all__ = [
     "AgentConfig",
+    "AggregationSection",
     "CodecSection",
+    "FederationSection",
     "LoraSection",
     "ServerConfig",
     "SplitFedError",

@@ -220,6 +220,17 @@ def test_a_wrong_key_or_value_of_an_agent_is_named(
     assert sentence(agent, AGENT + addition + "\n").startswith(said)
 
 
+@pytest.mark.parametrize("name", ["bottom_blocks", "top_blocks"])
+def test_an_agent_cannot_choose_more_blocks_than_its_owner_allows(
+    agent: Callable[[str], AgentConfig], name: str
+) -> None:
+    text = AGENT.replace("[data]", f"{name} = 2\n[data]")
+    assert sentence(agent, f"{text}[privacy]\nmost_{name} = 1\n") == (
+        f"[privacy] most_{name} is 1, but agent.{name} = 2 asks for more; raise the one, or lower the other"
+    )
+    assert getattr(agent(f"{text}[privacy]\nmost_{name} = 2\n").privacy, f"most_{name}") == 2
+
+
 def test_an_agent_cannot_be_told_to_connect_to_port_0(agent: Callable[[str], AgentConfig]) -> None:
     text = AGENT.replace("[data]", 'server = "127.0.0.1:0"\n[data]')
     assert sentence(agent, text).startswith("agent.server is '127.0.0.1:0', but a server cannot be reached at port 0")

@@ -2,6 +2,9 @@
 
 from splitfed.config.address import is_loopback, parse_address, refuse_plain_text
 from splitfed.config.agent import AgentConfig, AgentSection, DataSection
+from splitfed.config.aggregation import AggregationSection, LoraRule
+from splitfed.config.federation import FederationSection
+from splitfed.config.generation import GenerationSection
 from splitfed.config.load import load_agent_config, load_server_config
 from splitfed.config.privacy import (
     DEFAULT_NOISE_MULTIPLIER,
@@ -15,7 +18,6 @@ from splitfed.config.privacy import (
 from splitfed.config.run import (
     CodecName,
     CodecSection,
-    FederationSection,
     LoraSection,
     ModelSection,
     RunConfig,
@@ -33,11 +35,14 @@ __all__ = [
     "AgentConfig",
     "AgentPrivacySection",
     "AgentSection",
+    "AggregationSection",
     "ChannelName",
     "CodecName",
     "CodecSection",
     "DataSection",
     "FederationSection",
+    "GenerationSection",
+    "LoraRule",
     "LoraSection",
     "ModelSection",
     "PrivacySection",

@@ -111,3 +111,14 @@ class AgentConfig(Section):
                 "budget; set agent.share_loss = false, or leave epsilon_budget out"
             )
         return value
+
+    @field_validator("privacy")
+    @classmethod
+    def _allows_the_own_split_point(cls, value: AgentPrivacySection, info: ValidationInfo) -> AgentPrivacySection:
+        for name in ("bottom_blocks", "top_blocks"):
+            own, limit = getattr(info.data.get("agent"), name, None), getattr(value, f"most_{name}")
+            if own is not None and limit is not None and own > limit:
+                raise ValueError(
+                    f"most_{name} is {limit}, but agent.{name} = {own} asks for more; raise the one, or lower the other"
+                )
+        return value

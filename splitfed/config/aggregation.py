@@ -1,6 +1,8 @@
 """What becomes of the updates of a round."""
 
-from typing import Annotated, Any, Literal, Self
+import math
+from fractions import Fraction
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,16 +19,17 @@ class AggregationSection(Section):
 
     rule: Literal["mean", "median", "trimmed-mean", "multi-krum"] = "mean"
     """"mean" is weighted; the others stand some agents that send anything at all, and take every agent as one."""
-    trim: Annotated[float, Field(ge=0, lt=0.5)] | None = None
-    """With rule = "trimmed-mean": fraction of the updates that is cut off at each end, value by value."""
+    trim: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    """With rule = "trimmed-mean": fraction of the updates that is cut off at each end, value by value; a round then
+    takes 1 / trim updates or more."""
     byzantine: Annotated[int, Field(ge=1)] | None = None
     """With rule = "multi-krum": agents f that may send anything; a round then takes 2f + 3 updates or more."""
     norm_bound: Norm | None = None
-    """Largest L2 norm of what an agent changed; longer changes are scaled down; left out = any length."""
+    """Largest L2 norm of what an agent changed; longer changes are scaled down; left out = no change is scaled down."""
     refuse_norm: Norm | None = None
-    """L2 norm of a change above which the update is refused; left out = none is."""
+    """L2 norm of a change above which the update is refused; left out = no update is refused for its length."""
     server_optimiser: Literal["fedavgm", "fedadam", "fedyogi"] | None = None
-    """How the server steps towards the mean; left out = it takes the mean."""
+    """How the server steps towards the mean; left out = the next round starts from the mean itself."""
     server_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Length of the server optimiser's step; left out = 1 for "fedavgm", 0.01 for the others."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -43,8 +46,19 @@ class AggregationSection(Section):
 
     @property
     def least_updates(self) -> int:
-        """Updates without which a round has no result: a quorum below this is a mistake."""
-        return 1 if self.byzantine is None else 2 * self.byzantine + 3
+        """Updates with fewer of which the rule has no result, or is the mean: a quorum below this is a mistake."""
+        if self.byzantine is not None:
+            return 2 * self.byzantine + 3
+        if self.trim is not None:
+            return math.ceil(1 / Fraction(str(self.trim)))  # as it is written: 0.1 of 10 is 1
+        return 3 if self.rule == "median" else 1
+
+    @property
+    def needs(self) -> str:
+        """Say which key asks for so many updates."""
+        if self.byzantine is not None:
+            return f"byzantine = {self.byzantine}"
+        return f'rule = "{self.rule}"' if self.trim is None else f"trim = {self.trim:g}"
 
     @property
     def renews_factors(self) -> bool:
@@ -67,12 +81,11 @@ class AggregationSection(Section):
         if self.flora_rank is not None and self.lora != "flora":
             raise ValueError('flora_rank needs lora = "flora"; set it, or leave flora_rank out')
         if self.lora in ("flora", "flexlora"):
-            for key, default in (("rule", "mean"), ("server_optimiser", None)):
-                if getattr(self, key) != default:
-                    raise ValueError(
-                        f'{key} = "{getattr(self, key)}" works factor by factor, and lora = "{self.lora}" averages '
-                        f'their products; leave {key} out, or set lora to "factors", "ffa" or "alternating"'
-                    )
+            for key in self._factor_by_factor:
+                raise ValueError(
+                    f'{key} = "{getattr(self, key)}" works factor by factor, and lora = "{self.lora}" averages '
+                    f'their products; leave {key} out, or set lora to "factors", "ffa" or "alternating"'
+                )
         return self
 
     def decided(self, *, has_unlike_ranks: bool, is_noised: bool) -> "AggregationSection":
@@ -91,8 +104,18 @@ class AggregationSection(Section):
                 f'lora = "{lora}" averages factor by factor, and agents of unlike ranks have factors of unlike shapes; '
                 'choose "flexlora" or "flora", or give every agent the same rank'
             )
-        values: dict[str, Any] = {**self.model_dump(), "lora": lora}
-        return AggregationSection.model_validate(values)
+        for key in self._factor_by_factor if has_unlike_ranks else ():
+            raise ValueError(
+                f'{key} = "{getattr(self, key)}" works factor by factor, and lora = "{lora}", which agents of unlike '
+                f"ranks need, averages their products; leave {key} out, or give every agent the same rank"
+            )
+        return self.model_copy(update={"lora": lora})
+
+    @property
+    def _factor_by_factor(self) -> list[str]:
+        """Keys that are set and ask for a rule that has to see the factors one by one."""
+        set_to = {"rule": self.rule != "mean", "server_optimiser": self.server_optimiser is not None}
+        return [key for key, is_set in set_to.items() if is_set]
 
     def _refuse_without_optimiser(self, key: str) -> None:
         if self.server_optimiser is None:

@@ -49,6 +49,8 @@ def explain(error: ValidationError, config_class: type[BaseModel], **elsewhere: 
         return _unknown_key(first, config_class, elsewhere)
     if first["type"] == "missing":
         return _missing_key(first, config_class)
+    if not first["loc"]:
+        return _wrong_value(first)  # a contradiction between sections, which names their keys itself
     if first["type"] == "value_error" and _section_at(first["loc"], config_class) is not None:
         return f"[{_dotted(first['loc'])}] {_wrong_value(first)}"
     return f"{_dotted(first['loc'])} {_wrong_value(first)}"

@@ -1,10 +1,11 @@
 """What holds for a whole run, the same on the server and on every agent."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from splitfed.config.aggregation import AggregationSection
+from splitfed.config.federation import FederationSection
 from splitfed.config.privacy import PrivacySection
 from splitfed.config.section import Base, Name, Section
 from splitfed.errors import JoinRefused
@@ -31,9 +32,10 @@ class ModelSection(Section):
     top_blocks: Annotated[int, Field(ge=0)] = 1
     """Transformer blocks that the agent holds before the head."""
     least_bottom_blocks: Annotated[int, Field(ge=0)] | None = None
-    """Fewest blocks that an agent with a split point of its own may hold there; left out = bottom_blocks."""
+    """Fewest blocks that an agent with a split point of its own may hold after the embeddings; left out =
+    bottom_blocks."""
     least_top_blocks: Annotated[int, Field(ge=0)] | None = None
-    """The same before the head; left out = top_blocks."""
+    """Fewest blocks that an agent with a split point of its own may hold before the head; left out = top_blocks."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights and of the arithmetic."""
     revision: str | None = None
@@ -62,7 +64,7 @@ class LoraSection(Section):
     rank: Annotated[int, Field(ge=1)] = 8
     """Rank of every LoRA factor."""
     least_rank: Annotated[int, Field(ge=1)] | None = None
-    """Smallest rank that an agent may choose for its own adapter, in place of rank; left out = all have rank."""
+    """Smallest rank that an agent may choose for its own adapter, in place of rank; left out = every agent has rank."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -77,6 +79,11 @@ class LoraSection(Section):
         if value is not None and rank is not None and value > rank:
             raise ValueError(f"is {value}, more than rank = {rank}; lower it, or leave it out")
         return value
+
+    @property
+    def has_unlike_ranks(self) -> bool:
+        """Agents may choose among more ranks than one."""
+        return self.least_rank is not None and self.least_rank < self.rank
 
 
 class TrainingSection(Section):
@@ -97,7 +104,8 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest L2 norm of a step's gradients, over all segments; with noise on, of each side's; left out = any."""
+    """Largest L2 norm of a step's gradients, over all segments; with noise on, of each side's; left out = none is
+    clipped."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """FedProx's mu: how strongly local steps are held to what the round started from."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -127,99 +135,6 @@ class TrainingSection(Section):
         return value
 
 
-class FederationSection(Section):
-    """Who takes part, and how their work is combined."""
-
-    agents: Annotated[int, Field(ge=1)] = 1
-    """Agents to wait for before the first round starts."""
-    population: Annotated[int, Field(ge=1)] | None = None
-    """Most agents that may ever take part, some of them from a later round on; left out = agents."""
-    cohort: Annotated[int, Field(ge=1)] | None = None
-    """Agents per round, drawn anew for each from those that are here; left out = all that are here."""
-    over_selection: Annotated[int, Field(ge=0)] = 0
-    """Agents asked beyond the cohort: a round is over with the first cohort updates, and the rest are late."""
-    quorum: Annotated[int, Field(ge=1)] = 1
-    """Updates below which no round is over, whoever is missing."""
-    straggler_margin: Annotated[float, Field(ge=1)] | None = None
-    """How many times the median agent's time a round waits for the others; left out = until agent_timeout_s."""
-    late_updates: Literal["drop", "merge"] = "drop"
-    """What becomes of an update whose round is over: nothing, or its change counts in the round that it comes in."""
-    variant: Literal["sflv1", "sflv2", "parallel", "async"] = "sflv1"
-    """How agents share the trunk's adapter in a round: "sflv1": each has its own copy, and the copies are averaged;
-    "sflv2": it goes from agent to agent; "parallel": all train it in joint steps; "async": each at its own pace."""
-    max_staleness: Annotated[int, Field(ge=0)] | None = None
-    """With variant = "async": steps of others that may come between an agent's forward and its step; left out = four
-    times the agents of the round."""
-    staleness_exponent: Annotated[float, Field(ge=0)] = 0.5
-    """With variant = "async": a step with s others in between moves by (1 + s) ** -exponent of the learning rate."""
-    merge_ends: Literal["round", "step"] = "round"
-    """When bottom and top are merged: their adapters once a round or, with variant = "parallel", their gradients at
-    every step."""
-    agent_timeout_s: Annotated[float, Field(gt=0)] = 300
-    """Seconds without progress after which an agent is taken to be gone."""
-
-    @field_validator("merge_ends")
-    @classmethod
-    def _has_joint_steps(cls, value: str, info: ValidationInfo) -> str:
-        if value == "step" and info.data.get("variant") not in (None, "parallel"):
-            raise ValueError('is "step", which needs variant = "parallel": other variants have no step in common')
-        return value
-
-    @field_validator("population")
-    @classmethod
-    def _holds_the_agents(cls, value: int | None, info: ValidationInfo) -> int | None:
-        agents = info.data.get("agents")
-        if value is not None and agents is not None and value < agents:
-            raise ValueError(f"is {value}, fewer than agents = {agents}; raise it, or leave it out")
-        return value
-
-    @field_validator("cohort")
-    @classmethod
-    def _fits_the_population(cls, value: int | None, info: ValidationInfo) -> int | None:
-        population = info.data.get("population") or info.data.get("agents")
-        if value is not None and population is not None and value > population:
-            raise ValueError(f"is {value}, more than may ever take part ({population}); lower it, or raise population")
-        return value
-
-    @field_validator("over_selection")
-    @classmethod
-    def _leaves_someone_to_ask(cls, value: int, info: ValidationInfo) -> int:
-        cohort, population = info.data.get("cohort"), info.data.get("population") or info.data.get("agents")
-        if value and cohort is None and "cohort" in info.data:
-            raise ValueError(f"is {value}, but without a cohort everyone is asked; set cohort, or leave it out")
-        if value and cohort is not None and population is not None and cohort + value > population:
-            raise ValueError(
-                f"is {value}, which with cohort = {cohort} asks more than may ever take part ({population}); lower it"
-            )
-        return value
-
-    @field_validator("quorum")
-    @classmethod
-    def _can_be_met(cls, value: int, info: ValidationInfo) -> int:
-        for name in ("cohort", "agents"):
-            most = info.data.get(name)
-            if most is not None and value > most:
-                raise ValueError(f"is {value}, more than {name} = {most}: no round would ever be over; lower it")
-        return value
-
-    @model_validator(mode="after")
-    def _can_keep_its_bound_on_staleness(self) -> Self:
-        in_between = self.most_at_work - 1
-        if self.variant == "async" and self.max_staleness is not None and self.max_staleness < in_between:
-            raise ValueError(
-                f"max_staleness is {self.max_staleness}, but {self.most_at_work} clients at work make up to "
-                f"{in_between} steps in between; raise it"
-            )
-        return self
-
-    @property
-    def most_at_work(self) -> int:
-        """Agents that may be at work in a round at the same time."""
-        if self.cohort is not None:
-            return self.cohort + self.over_selection
-        return self.population or self.agents
-
-
 class CodecSection(Section):
     """How tensors are encoded for the wire, per direction."""
 
@@ -244,62 +159,8 @@ def decided_rule(lora: LoraSection, aggregation: AggregationSection, privacy: Pr
         privacy: What the run asks of its agents.
     """
     return aggregation.decided(
-        has_unlike_ranks=lora.least_rank is not None, is_noised=privacy.is_on and privacy.adapter != "none"
+        has_unlike_ranks=lora.has_unlike_ranks, is_noised=privacy.is_on and privacy.adapter != "none"
     )
-
-
-def refuse_contradictions(
-    model: ModelSection,
-    lora: LoraSection,
-    federation: FederationSection,
-    aggregation: AggregationSection,
-    privacy: PrivacySection,
-) -> None:
-    """Refuse settings of which each is sound and the whole is not.
-
-    Args:
-        model: The run's section.
-        lora: The run's section.
-        federation: The run's section.
-        aggregation: The run's section.
-        privacy: What the run asks of its agents.
-
-    Raises:
-        ValueError: If no round could be over, or an update could never be counted, or would leave unprotected.
-    """
-    rule = decided_rule(lora, aggregation, privacy)
-    has_unlike_devices = lora.least_rank is not None or model.widest != model
-    if federation.merge_ends == "step" and has_unlike_devices:
-        raise ValueError(
-            'federation.merge_ends = "step" needs agents that hold the same; leave out [model] least_bottom_blocks and '
-            'least_top_blocks and [lora] least_rank, or set merge_ends = "round"'
-        )
-    if privacy.denoise and model.widest != model:
-        raise ValueError(
-            "privacy.denoise takes noise away at one split point; leave out [model] least_bottom_blocks and "
-            "least_top_blocks, or denoise"
-        )
-    if federation.quorum < aggregation.least_updates:
-        raise ValueError(
-            f"federation.quorum is {federation.quorum}, but byzantine = {aggregation.byzantine} needs "
-            f"{aggregation.least_updates} updates in every round; raise quorum"
-        )
-    if federation.late_updates == "merge":
-        if federation.variant != "sflv1":
-            raise ValueError(
-                f'federation.late_updates = "merge" needs variant = "sflv1", not "{federation.variant}": only with a '
-                'trunk adapter of its own can an agent go on once its round is over; set "drop"'
-            )
-        if rule.lora == "alternating":
-            raise ValueError(
-                'federation.late_updates = "merge" does not go with aggregation.lora = "alternating": the next round '
-                'trains the other factor; set "drop"'
-            )
-    if federation.merge_ends == "step" and privacy.is_on and privacy.adapter == "update":
-        raise ValueError(
-            'federation.merge_ends = "step" sends a gradient at every step, which privacy.adapter = "update" does not '
-            'protect; set adapter = "dp-sgd", or merge_ends = "round"'
-        )
 
 
 class RunConfig(Section):
@@ -330,10 +191,10 @@ class RunConfig(Section):
         Raises:
             JoinRefused: If the run does not allow it.
         """
-        least, most = self.lora.least_rank, self.lora.rank
-        if rank == most or (least is not None and least <= rank <= most):
+        least, most = self.lora.least_rank or self.lora.rank, self.lora.rank
+        if least <= rank <= most:
             return
-        ranks = f"rank {most} for all" if least is None else f"ranks {least} to {most}"
+        ranks = f"ranks {least} to {most}" if self.lora.has_unlike_ranks else f"rank {most} for all"
         raise JoinRefused(
             f"[agent] rank is {rank}, but the run {self.run.name!r} has {ranks}; set it accordingly, or leave it out."
         )

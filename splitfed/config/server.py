@@ -6,18 +6,18 @@ from typing import Annotated, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from splitfed.config.aggregation import AggregationSection
+from splitfed.config.contradictions import refuse_contradictions
+from splitfed.config.federation import FederationSection
 from splitfed.config.generation import GenerationSection
 from splitfed.config.privacy import PrivacySection, refuse_unsound
 from splitfed.config.run import (
     CodecSection,
-    FederationSection,
     LoraSection,
     ModelSection,
     RunConfig,
     RunIdentity,
     TrainingSection,
     decided_rule,
-    refuse_contradictions,
 )
 from splitfed.config.section import ListeningAddress, LocalPath, Section, Threads, TlsSection
 

@@ -82,8 +82,10 @@ def test_three_agents_over_grpc_get_the_bits_of_one_process(
 def test_every_rule_over_grpc_gives_the_bits_of_one_process(
     tmp_path: Path, aggregation: dict[str, Any], variant: str
 ) -> None:
-    config = server_config(tmp_path, federation={"agents": 2, "variant": variant}, aggregation=aggregation)
-    files = run_daemons(tmp_path, config, {"a": 12, "b": 5})
+    rows = {"a": 12, "b": 5, "c": 8} if "rule" in aggregation else {"a": 12, "b": 5}
+    federation = {"agents": len(rows), "quorum": len(rows), "variant": variant}
+    config = server_config(tmp_path, federation=federation, aggregation=aggregation)
+    files = run_daemons(tmp_path, config, rows)
     assert_bits_of_one_process(tmp_path, config, files)
 
 
