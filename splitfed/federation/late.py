@@ -12,12 +12,14 @@ class LateUpdates:
         merged: Members whose late update is taken in the open round, and the round that it was made in.
         closed_without: Members that were at work on the open round when it was closed.
         dropped: Members whose late update was given up in the open round.
+        refused: Members whose late update came in the open round and was refused, and why.
     """
 
     waited_for: dict[str, int] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
     closed_without: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
     _missed: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -52,6 +54,11 @@ class LateUpdates:
         self.merged[client] = self.waited_for.pop(client)
         return True
 
+    def refuse(self, client: str, why: str) -> None:
+        """Wait no longer for a late update that has come and cannot be counted."""
+        del self.waited_for[client]
+        self.refused[client] = why
+
     def give_up(self, client: str) -> None:
         """Wait no longer for a member's late update, if it has one."""
         if self.waited_for.pop(client, None) is not None:
@@ -67,3 +74,4 @@ class LateUpdates:
         self.merged.clear()
         self.closed_without.clear()
         self.dropped.clear()
+        self.refused.clear()

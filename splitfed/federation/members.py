@@ -75,6 +75,14 @@ class Members:
         """Those that did not leave for good."""
         return {client for client, member in self._members.items() if member.place is not Place.LEFT_FOR_GOOD}
 
+    def expected(self, now_s: float, timeout_s: float) -> set[str]:
+        """Give those that take part, and those that went so short a time ago that they may soon be back."""
+        return {
+            client
+            for client in self.may_come
+            if self._members[client].is_here or now_s - self._members[client].last_progress_s <= timeout_s
+        }
+
     def restore(self, weights: dict[str, int], now_s: float) -> None:
         """Take up the members of a run that goes on; they count as here once they join again."""
         for client, weight in weights.items():

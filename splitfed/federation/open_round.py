@@ -47,6 +47,7 @@ class OpenRound:
         policy: Who is asked, and when it is over.
         asked: Who was asked to take part, with its pace.
         submitted: Whose update is here.
+        refused: Whose update was refused, and why: their part in this round is over.
         replaced: Who was asked because whom had gone.
         is_closed: It takes no more updates.
     """
@@ -55,6 +56,7 @@ class OpenRound:
     policy: RoundPolicy
     asked: dict[str, Pace] = field(default_factory=dict)
     submitted: set[str] = field(default_factory=set)
+    refused: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
     is_closed: bool = False
     _cut_off: set[str] = field(default_factory=set)
@@ -91,13 +93,12 @@ class OpenRound:
 
     def may_start(self, client: str) -> bool:
         """Say whether a member is asked to take part, and it is its turn."""
-        return (
-            client in self.asked and client not in self._out and (not self.policy.takes_turns or client == self._turn)
-        )
+        is_part_over = client in self._out or client in self.refused
+        return client in self.asked and not is_part_over and (not self.policy.takes_turns or client == self._turn)
 
     def waits_for(self, here: set[str]) -> set[str]:
         """Give whose update the round waits for."""
-        return (here & self.asked.keys()) - self.submitted - self._cut_off - self._out
+        return (here & self.asked.keys()) - self.submitted - self.refused.keys() - self._cut_off - self._out
 
     def at_work(self, here: set[str]) -> set[str]:
         """Give those of them that may start."""
@@ -116,6 +117,16 @@ class OpenRound:
         self.submitted.add(client)
         self.asked[client].submitted_s = now_s
         self._cut_off.discard(client)
+
+    def refuse(self, client: str, why: str, now_s: float) -> None:
+        """Go on without a member whose update cannot be counted; its time counts like that of one that submitted."""
+        self.refused[client] = why
+        self.asked[client].submitted_s = now_s
+        self._cut_off.discard(client)
+
+    def was_cut_off(self, client: str) -> bool:
+        """Say whether it waits no longer for a member that takes too long."""
+        return client in self._cut_off
 
     def cut_off_stragglers(self, here: set[str], now_s: float) -> list[str]:
         """Wait no longer for those that take too long, once the quorum is here.
@@ -161,11 +172,16 @@ class OpenRound:
         """Take no more updates; gives those that are here and may have started, are not done and were not taken out."""
         self.is_closed = True
         started = {client for client, pace in self.asked.items() if pace.started_s is not None}
-        return (here & started) - self.submitted - self._out
+        return (here & started) - self.submitted - self.refused.keys() - self._out
+
+    def could_still_count(self, clients: set[str]) -> set[str]:
+        """Give whose update is here, or could be if all of these came."""
+        return self.submitted | (clients - self.refused.keys() - self._out)
 
     def _next_needed(self, here: set[str]) -> str | None:
         """Give the next in the ranking, if there is one and it is needed."""
-        can_meet_quorum = len(self.submitted | (here & self.asked.keys())) >= self.policy.quorum
+        can_count = self.submitted | ((here & self.asked.keys()) - self.refused.keys())
+        can_meet_quorum = len(can_count) >= self.policy.quorum
         if self.policy.cohort is not None and can_meet_quorum:
             return None
         return next(iter(ranked(here - self.asked.keys(), seed=self.policy.seed, round=self.number)), None)
@@ -180,7 +196,8 @@ class OpenRound:
         return order[:1]
 
     def _replace_by(self, client: str, here: set[str]) -> None:
-        """Note for whom a member is asked, if it is for one that is gone."""
-        gone = [name for name in self.asked if name not in here | self.submitted and name not in self.replaced]
+        """Note for whom a member is asked, if it is for one that is gone or was refused."""
+        stays = (here | self.submitted) - self.refused.keys()
+        gone = [name for name in self.asked if name not in stays and name not in self.replaced]
         if self.policy.cohort is not None and gone:
             self.replaced[gone[0]] = client

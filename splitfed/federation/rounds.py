@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from splitfed.federation.absences import Absences
 from splitfed.federation.late import LateUpdates
 from splitfed.federation.members import Members, Place
 from splitfed.federation.open_round import OpenRound, RoundPolicy
@@ -26,7 +27,9 @@ class Rounds:
     makes progress has submitted, or enough have, but never below the quorum. A member that is silent for `timeout_s` is
     left out of the round and may come back in the next one. A member that leaves is not waited for at all, and an
     update that it submitted before counts; it may come back by joining again, unless it left for good. A member that is
-    at work on a round that was closed without it is late: its update is refused, or taken once in a later round.
+    at work on a round that was closed without it is late: its update is dropped, or taken once in a later round. A
+    member whose update is refused has no further part in the round. One that a round was closed without because it took
+    too long is asked again once something was heard of it.
 
     Attributes:
         agents: Agents to wait for.
@@ -51,6 +54,8 @@ class Rounds:
     policy: RoundPolicy = field(default_factory=RoundPolicy)
     _round: OpenRound | None = None
     _late: LateUpdates = field(default_factory=LateUpdates)
+    _absences: Absences = field(default_factory=Absences)
+    _absences_at_close: Absences = field(default_factory=Absences)
     _now_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -87,6 +92,23 @@ class Rounds:
         submitted = set() if self._round is None else self._round.submitted
         room = self._members.population - len(self._members)
         return len(submitted | self._members.may_come) + room < self.policy.quorum
+
+    @property
+    def standing(self) -> str:
+        """Where the run stands, for a sentence."""
+        if self.phase is Phase.FINISHED:
+            return f"the run is over, after {self.rounds} rounds"
+        return f"the run is at round {self.current} ({self.phase.value})"
+
+    def has_refused_too_many(self, now_s: float) -> bool:
+        """Say whether the open round cannot have its quorum because updates were refused.
+
+        Those that went are waited for as long as anyone that is silent, and no longer.
+        """
+        if self._round is None or not self._round.refused:
+            return False
+        could_count = self._round.could_still_count(self._members.expected(now_s, self.timeout_s))
+        return len(could_count) < self.policy.quorum <= len(could_count | self._round.refused.keys())
 
     @property
     def selected(self) -> list[str]:
@@ -133,6 +155,16 @@ class Rounds:
         """Members whose late update was given up in the open round, in the order of names."""
         return sorted(self._late.dropped)
 
+    @property
+    def refused(self) -> dict[str, str]:
+        """Members whose update was refused in the open round, and why, in the order of names."""
+        return dict(sorted({**self._late.refused, **(self._round.refused if self._round else {})}.items()))
+
+    @property
+    def absences(self) -> Absences:
+        """Who went from the open round, up to its close, and how often it began again."""
+        return self._absences_at_close if self._round is not None and self._round.is_closed else self._absences
+
     def weight(self, client: str) -> int:
         """Give a member's weight in every mean."""
         return self._members[client].weight
@@ -170,6 +202,8 @@ class Rounds:
         if not self._members.leave(client, now_s, for_good=for_good):
             return False
         self._late.give_up(client)
+        if self._round is not None:
+            self._absences.left.add(client)
         self._open_if_all_are_here(now_s)
         self._ask(now_s)
         return True
@@ -215,6 +249,10 @@ class Rounds:
         """Say whether this member's update of the open round is here."""
         return self._round is not None and client in self._round.submitted
 
+    def is_done(self, client: str) -> bool:
+        """Say whether this member has no more to do in the open round: its update is here, or was refused."""
+        return self._round is not None and (client in self._round.submitted or client in self._round.refused)
+
     def is_counted(self, client: str, round: int) -> bool:
         """Say whether this member's update of a round, the open one or an earlier one, is in the open round already."""
         return self._late.merged.get(client) == round or (round == self.current and self.has_submitted(client))
@@ -243,13 +281,34 @@ class Rounds:
         if self.has_missed(client, round) and round < self.current:
             raise ValueError(f"Round {round} was closed without {client!r}, which was late; its update is dropped.")
         if self._round is None or round != self.current:
-            raise ValueError(f"Round {round} is not open; the run is at round {self.current} ({self.phase.value}).")
+            raise ValueError(f"Round {round} is not open; {self.standing}.")
         self.progress(client, now_s)
         if client in self._round.submitted:
             return False
         self._round.submit(client, self._look(now_s))
         self._ask(now_s)
         return True
+
+    def refuse(self, client: str, round: int, why: str, now_s: float) -> None:
+        """Go on without a member whose update is here and cannot be counted; it takes part in the next round.
+
+        Args:
+            client: The member.
+            round: The round that the update was made in.
+            why: A sentence that says what is wrong with it.
+            now_s: What the clock says.
+
+        Raises:
+            ValueError: If its update of that round is not expected.
+        """
+        if not self.expects(client, round):
+            raise ValueError(f"No update of {client!r} for round {round} is expected; {self.standing}.")
+        self.progress(client, now_s)
+        if round < self.current:
+            self._late.refuse(client, why)
+        elif self._round is not None:
+            self._round.refuse(client, why, self._look(now_s))
+        self._ask(now_s)
 
     def leave_out_silent(self, now_s: float) -> list[str]:
         """Leave out the members at work that were silent for too long.
@@ -270,6 +329,7 @@ class Rounds:
         for client in silent:
             self._members[client].place = Place.SILENT
             self._late.give_up(client)
+        self._absences.silent.update(silent)
         self._ask(now_s)
         return silent
 
@@ -289,16 +349,26 @@ class Rounds:
         """Say whether the open round can have its quorum without a member's update."""
         return self._round is not None and self._round.can_spare(client, self._free())
 
-    def take_out(self, client: str, now_s: float) -> bool:
+    def take_out(self, client: str, now_s: float, *, is_silent: bool = False) -> bool:
         """Go on without a member that lost its place in the open round; it takes part in the next one.
+
+        Args:
+            client: The member.
+            now_s: What the clock says.
+            is_silent: The others wait for it: it is not asked for the next round either until it was heard of.
 
         Returns:
             False if the round cannot be over any more without it: then it has begun again, for everyone.
         """
-        if self._round is None or self._round.take_out(client, self._free()):
+        if self._round is None:
             return True
-        self._open(now_s)
-        return False
+        goes_on = self._round.take_out(client, self._free())
+        if is_silent:
+            self._members[client].place = Place.SILENT
+        if not goes_on:
+            self._absences.begun_again += 1
+            self._open(now_s)
+        return goes_on
 
     def is_complete(self) -> bool:
         """Say whether the open round has every update that it waits for, and its quorum."""
@@ -307,7 +377,8 @@ class Rounds:
     def close(self) -> None:
         """Take no more updates: whoever comes back while the round is being written takes part in the next one.
 
-        Whoever is at work is late; a member that gave no sign of life at all in the round is silent.
+        Whoever is at work is late; a member that gave no sign of life at all in the round is silent. Neither is asked
+        again before it is heard of, save one that is merely slower than as many as the round needs.
 
         Raises:
             ValueError: If it still waits for someone.
@@ -318,10 +389,14 @@ class Rounds:
             return
         for client in self._round.close(self._free()):
             pace = self._round.asked[client]
+            is_waited_for = self.policy.merges_late and pace.steps > 0
             if pace.has_moved:
-                self._late.miss(client, self.current, is_waited_for=self.policy.merges_late and pace.steps > 0)
+                self._late.miss(client, self.current, is_waited_for=is_waited_for)
             else:
+                self._absences.silent.add(client)
+            if not pace.has_moved or (self._round.was_cut_off(client) and not is_waited_for):
                 self._members[client].place = Place.SILENT
+        self._absences_at_close, self._absences = self._absences, Absences()
         if self.current == self.rounds:
             self._late.give_up_all()
 

@@ -79,6 +79,15 @@ class AnyRun(RuleBasedStateMachine):
             assert self.rounds.submit(at_work[index % len(at_work)], self.rounds.current, self.now_s)
             self.counted[at_work[index % len(at_work)], self.rounds.current] += 1
 
+    @rule(index=st.integers(0, len(NAMES) - 1))
+    def one_at_work_is_refused(self, index: int) -> None:
+        at_work = [c for c in self.rounds.members if self.rounds.may_start(c) and not self.rounds.has_submitted(c)]
+        if at_work and not self.rounds.is_complete():
+            client = at_work[index % len(at_work)]
+            self.rounds.refuse(client, self.rounds.current, "It is too long.", self.now_s)
+            assert not self.rounds.may_start(client)
+            assert client not in self.rounds.submitted
+
     @rule()
     def all_go_on_and_submit_until_the_round_is_over(self) -> None:
         for client in self.rounds.selected:
@@ -179,7 +188,7 @@ class AnyRun(RuleBasedStateMachine):
         if self.rounds.phase is not Phase.OPEN or self.rounds.is_complete():
             return
         free = [c for c in self.rounds.members if self._is_here(c) and self.rounds.lateness(c) is None]
-        idle = [c for c in free if c not in self.rounds.submitted and c not in self.rounds.merged]
+        idle = [c for c in free if not self.rounds.is_done(c) and c not in self.rounds.merged]
         if idle:
             assert any(self.rounds.may_start(c) and not self.rounds.has_submitted(c) for c in idle)
 

@@ -33,7 +33,7 @@ def test_a_straggler_is_cut_off_at_the_margin_times_the_median_time() -> None:
     assert run_at(machine, {"a": 1, "b": 1, "c": 1.2, "d": 20}, until_s=60) == {"d": 36.5}
     assert machine.is_complete()
     machine.commit()
-    assert (machine.committed, machine.joined) == (1, 4)
+    assert (machine.committed, machine.joined) == (1, 3)
 
 
 def test_without_a_margin_nobody_is_cut_off() -> None:
@@ -135,6 +135,7 @@ def test_a_late_update_is_dropped_with_a_sentence_of_its_own() -> None:
         machine.submit("d", 1, now_s=6)
     with pytest.raises(ValueError, match=r"Round 1 is not open; the run is at round 2"):
         machine.submit("a", 1, now_s=6)
+    machine.progress("d", 6)
     assert machine.may_start("d")
     assert (machine.late, machine.dropped) == ([], [])
 
@@ -218,6 +219,63 @@ def test_a_member_that_gave_no_sign_of_life_in_a_round_is_not_asked_again_until_
     assert machine.selected == ["a", "b", "c"]
     machine.progress("d", 5)
     assert machine.may_start("d")
+
+
+def test_a_member_that_was_cut_off_is_not_asked_again_before_it_is_heard_of() -> None:
+    machine = closed_without_d()
+    machine.commit(5)
+    assert machine.selected == ["a", "b", "c"]
+    for client in "abc":
+        machine.submit(client, 2, now_s=6)
+    assert machine.is_complete()
+    machine.progress("d", 7)
+    assert machine.may_start("d")
+    assert not machine.is_complete()
+
+
+def test_those_that_over_selection_leaves_over_are_asked_again_at_once() -> None:
+    machine = racing("abc", cohort=2, over_selection=1)
+    for client in machine.selected:
+        machine.progress(client, 1, steps=3)
+    for client in machine.selected[:2]:
+        machine.submit(client, 1, now_s=2)
+    machine.commit(2)
+    assert machine.selected == ["a", "b", "c"]
+
+
+def test_a_member_that_keeps_others_waiting_is_not_asked_for_the_next_round_before_it_is_heard_of() -> None:
+    machine = rounds_of("abc")
+    assert machine.take_out("c", 1, is_silent=True)
+    for client in "ab":
+        machine.submit(client, 1, now_s=2)
+    machine.commit(2)
+    assert machine.selected == ["a", "b"]
+    machine.progress("c", 3)
+    assert machine.may_start("c")
+
+
+def test_who_went_is_told_of_the_round_that_it_went_from() -> None:
+    machine = racing("abcdef")
+    for client in "abc":
+        machine.submit(client, 1, now_s=1)
+    machine.leave("e", 2, for_good=False)
+    machine.leave("f", 2, for_good=True)
+    machine.progress("d", 0, steps=1)
+    assert machine.leave_out_silent(2e6) == ["d"]
+    machine.close()
+    machine.leave("c", 2e6, for_good=False)  # while the round is written
+    assert (machine.absences.left, machine.absences.silent) == ({"e", "f"}, {"d"})
+    machine.commit(2e6)
+    assert (machine.absences.left, machine.absences.silent) == ({"c"}, set())
+
+
+def test_one_that_is_cut_off_and_gave_no_sign_of_life_is_silent() -> None:
+    machine = racing("abcd")
+    for client in "abc":
+        machine.submit(client, 1, now_s=1)
+    machine.cut_off_stragglers(4)
+    machine.close()
+    assert (machine.absences.silent, machine.late) == ({"d"}, [])
 
 
 def test_those_that_over_selection_leaves_over_are_late_as_well() -> None:

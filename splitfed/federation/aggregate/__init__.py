@@ -6,6 +6,7 @@ from splitfed.federation.aggregate.fixed_point import MAX_MAGNITUDE, MAX_TOTAL_W
 from splitfed.federation.aggregate.flora import merged
 from splitfed.federation.aggregate.freezing import trained_factors
 from splitfed.federation.aggregate.low_rank import at_rank
+from splitfed.federation.aggregate.refusal import UpdateRefused
 
 __all__ = [
     "MAX_MAGNITUDE",
@@ -14,6 +15,7 @@ __all__ = [
     "Aggregator",
     "FixedPointMean",
     "Update",
+    "UpdateRefused",
     "at_rank",
     "make_aggregator",
     "merged",

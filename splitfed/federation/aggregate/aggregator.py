@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from splitfed.federation.aggregate.fixed_point import check_update
+from splitfed.federation.aggregate.refusal import UpdateRefused
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ class Aggregator(ABC):
             update: What it comes to; its tensors may be changed afterwards.
 
         Raises:
+            UpdateRefused: If a value is NaN, infinite or out of the range of ``FixedPointMean``, or the change is
+                longer than ``refuse_norm``.
             ValueError: If the client was counted already, the round has its result, the weight is not a positive
-                integer, a key or a shape is not the base's, a value is NaN, infinite or out of the range of
-                ``FixedPointMean``, the change is longer than ``refuse_norm``, or the rule does not allow what changed.
+                integer, a key or a shape is not the base's, or the rule does not allow what changed.
         """
         if self._aggregate is not None or not self._base:
             raise ValueError(f"No round is open for the update of {client!r}; begin one first.")
@@ -193,7 +195,7 @@ class Aggregator(ABC):
         changes = {key: update.state[key].double() - start[key].double() for key in sorted(update.state)}
         norm = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
         if self._refuse_norm is not None and norm > self._refuse_norm:
-            raise ValueError(f"The change has an L2 norm of {norm:g}, above refuse_norm = {self._refuse_norm:g}.")
+            raise UpdateRefused(f"The change has an L2 norm of {norm:g}, above refuse_norm = {self._refuse_norm:g}.")
         if self._norm_bound is None or norm <= self._norm_bound:
             return update
         scale = self._norm_bound / norm

@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from splitfed.federation.aggregate.refusal import UpdateRefused
+
 HIGH_BITS: Final = 20
 """Binary digits after the point that the upper limb holds."""
 LOW_BITS: Final = 24
@@ -55,9 +57,9 @@ class FixedPointMean:
             weight: What the update counts for, such as its number of examples; 1 or more.
 
         Raises:
-            ValueError: If the weight is not a positive integer or the total passes 2³¹ - 1, if a shape differs from
-                an earlier update's, or if a tensor is empty, is not floating point, or has a value that is NaN,
-                infinite or out of range.
+            UpdateRefused: If the total weight passes 2³¹ - 1, or a value is NaN, infinite or out of range.
+            ValueError: If the weight is not a positive integer, a shape differs from an earlier update's, or a tensor
+                is empty or not floating point.
         """
         check_update(state, weight)
         self._check_fit(state, weight)
@@ -96,7 +98,7 @@ class FixedPointMean:
 
     def _check_fit(self, state: Mapping[str, Tensor], weight: int) -> None:
         if self._total_weight + weight > MAX_TOTAL_WEIGHT:
-            raise ValueError(
+            raise UpdateRefused(
                 f"A weight of {weight} takes the total from {self._total_weight} past {MAX_TOTAL_WEIGHT}; "
                 "divide all weights by a common number."
             )
@@ -116,8 +118,9 @@ def check_update(state: Mapping[str, Tensor], weight: int) -> None:
         weight: What the update counts for.
 
     Raises:
-        ValueError: If the weight is not a positive integer, there is no tensor, or a tensor is empty, is not floating
-            point, or has a value that is NaN, infinite or out of range.
+        UpdateRefused: If a value is NaN, infinite or out of range.
+        ValueError: If the weight is not a positive integer, there is no tensor, or a tensor is empty or not floating
+            point.
     """
     if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
         raise ValueError(f"The weight of an update is a positive integer, not {weight!r}.")
@@ -128,7 +131,7 @@ def check_update(state: Mapping[str, Tensor], weight: int) -> None:
             raise ValueError(f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; no mean is taken of that.")
         low, high = (bound.item() for bound in torch.aminmax(tensor.detach()))
         if not (low > -MAX_MAGNITUDE and high < MAX_MAGNITUDE):  # a NaN fails every comparison
-            raise ValueError(
+            raise UpdateRefused(
                 f"{name!r} has values from {low:g} to {high:g}; they must be between -{MAX_MAGNITUDE:g} and "
                 f"{MAX_MAGNITUDE:g}."
             )
