@@ -3,6 +3,7 @@
 import configparser
 import re
 import shlex
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,11 +39,23 @@ def key_rows(config_class: type[BaseModel]) -> list[str]:
         kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
         section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
         for key, value in section.model_fields.items():
-            default = "required" if value.is_required() else f"`{value.default!r}`".replace("'", '"')
+            default = "" if value.is_required() else repr(value.get_default(call_default_factory=True))
+            default = "required" if value.is_required() else f"`{default}`".replace("'", '"')
             default = {"`None`": "", "`True`": "`true`", "`False`": "`false`"}.get(default, default)
             meaning = " ".join((value.description or "").split())
-            rows.append(f"| `{name}.{key}` | {default} | {meaning} |")
+            rows.append(f"| `{name}.{key}` | {default} | {meaning}{allowed_values(value.annotation, meaning)} |")
     return rows
+
+
+def allowed_values(annotation: object, meaning: str) -> str:
+    """Give the sentence that lists what a key may be set to, unless its meaning names every value already."""
+    if typing.get_origin(annotation) is typing.Literal:
+        values = [f'"{value}"' for value in typing.get_args(annotation)]
+        if all(value in meaning for value in values):
+            return ""
+        return f" One of {', '.join(values[:-1])} and {values[-1]}."
+    said = next((found for kind in typing.get_args(annotation) if (found := allowed_values(kind, meaning))), "")
+    return said.replace(" One of", " Any of") if typing.get_origin(annotation) is list else said
 
 
 @pytest.mark.parametrize("daemon", DAEMONS)
@@ -117,6 +130,25 @@ def test_the_example_writes_only_where_the_unit_lets_it(root: Path, daemon: str)
 def test_every_key_stands_in_the_manual_with_its_default_and_meaning(root: Path, daemon: str) -> None:
     manual = (root / "docs" / "operations.md").read_text().splitlines()
     assert [row for row in key_rows(CONFIG_CLASSES[daemon]) if row not in manual] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "default", "allowed"),
+    [
+        ("agent.personal", "`[]`", 'Any of "bottom" and "top".'),
+        ("training.schedule", '`"linear"`', 'One of "constant", "constant_with_warmup", "linear" and "cosine".'),
+        ("codecs.adapter", '`"none"`', 'One of "none", "bf16", "fp16" and "int8".'),
+        ("aggregation.server_optimiser", "", 'One of "fedavgm", "fedadam" and "fedyogi".'),
+        ("aggregation.lora", "", 'One of "factors", "ffa", "flora", "flexlora" and "alternating".'),
+        ("privacy.protected_channels", "", 'Any of "smashed", "output_gradient" and "adapter".'),
+        ("model.dtype", '`"float32"`', 'One of "float32", "bfloat16" and "float16".'),
+    ],
+)
+def test_the_manual_says_what_a_key_may_be_set_to(root: Path, key: str, default: str, allowed: str) -> None:
+    manual = (root / "docs" / "operations.md").read_text()
+    assert "Pydantic" not in manual
+    (row,) = [row for row in manual.splitlines() if row.startswith(f"| `{key}` | {default} | ")]
+    assert row.endswith(f" {allowed} |")
 
 
 def test_no_key_stands_in_the_manual_that_does_not_exist(root: Path) -> None:

@@ -39,7 +39,8 @@ class AgentSection(Section):
     rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of this agent's own adapter; left out = as the run says."""
     personal: list[Literal["bottom", "top"]] = Field(default_factory=list)
-    """Segments whose adapter stays on this agent and is never merged with those of others."""
+    """Segments whose adapter stays on this agent and is never merged with those of others; what every agent keeps is not
+    trained in the run's own adapter."""
     share_loss: bool = False
     """Whether the server is told the loss, which says something about the data."""
     retry_for_s: Annotated[float, Field(ge=0)] = 60
@@ -70,7 +71,7 @@ class DataSection(Section):
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the records to evaluate on instead of training on them."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Rows to read at most, of each file."""
+    """Rows to read at most, of each file; left out = all."""
 
     @field_validator("held_out_path")
     @classmethod

@@ -42,7 +42,8 @@ class AggregationSection(Section):
     """What is averaged; left out = "flexlora" where agents have unlike ranks, "ffa" where the adapter update is noised,
     else "factors"."""
     flora_rank: Annotated[int, Field(ge=1)] | None = None
-    """With lora = "flora": rank of the second, frozen adapter that holds the sum; left out = the rank of [lora]."""
+    """With lora = "flora": rank of the second, frozen adapter that holds the sum, which adds to the rank of what is
+    exported; left out = the rank of [lora]."""
 
     @property
     def least_updates(self) -> int:

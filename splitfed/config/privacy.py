@@ -128,9 +128,9 @@ class AgentPrivacySection(PrivacySection):
     protected_channels: list[ChannelName] | None = None
     """Refuse a run that sends one of these without noise; left out = all, unless this file itself says otherwise."""
     most_bottom_blocks: Annotated[int, Field(ge=0)] | None = None
-    """Refuse a run with more blocks in the bottom; left out = any number."""
+    """Refuse a run with more blocks in the bottom; left out = any number will do."""
     most_top_blocks: Annotated[int, Field(ge=0)] | None = None
-    """Refuse a run with more blocks in the top; left out = any number."""
+    """Refuse a run with more blocks in the top; left out = any number will do."""
 
     @model_validator(mode="after")
     def _is_of_one_mind(self) -> Self:

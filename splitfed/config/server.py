@@ -39,7 +39,7 @@ class ServerSection(Section):
     threads: Threads = None
     """CPU threads for arithmetic; left out = the library's choice."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port for Prometheus metrics on loopback; left out = none."""
+    """Port for Prometheus metrics on loopback; left out = no metrics are served."""
 
 
 class ServerConfig(Section):
