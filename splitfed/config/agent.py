@@ -39,8 +39,8 @@ class AgentSection(Section):
     rank: Annotated[int, Field(ge=1)] | None = None
     """Rank of this agent's own adapter; left out = as the run says."""
     personal: list[Literal["bottom", "top"]] = Field(default_factory=list)
-    """Segments whose adapter stays on this agent and is never merged with those of others; what every agent keeps is not
-    trained in the run's own adapter."""
+    """Segments whose adapter stays on this agent and is never merged with those of others; what every agent keeps
+    is not trained in the run's own adapter."""
     share_loss: bool = False
     """Whether the server is told the loss, which says something about the data."""
     retry_for_s: Annotated[float, Field(ge=0)] = 60
