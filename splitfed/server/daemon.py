@@ -130,6 +130,7 @@ class Daemon:
                 await self._until_over(stop)
                 await self._health.enter_graceful_shutdown()
                 await self.coordinator.drain()
+                self._generations.drain()
         finally:
             await server.stop(_GRACE_S)
             self._engine.close()

@@ -60,7 +60,7 @@ class OpenSequence:
         whole: The round whose adapter it is generated with.
         blocks: The blocks of its trunk.
         max_tokens: Most rows.
-        over: Set when it has to make way for the same client's next one.
+        over: Set when it has to make way for the same client's next one, or the server shuts down.
     """
 
     client: str
@@ -181,6 +181,11 @@ class Generations:
         """Give a sequence's place and cache up."""
         if self._open.get(sequence.client) is sequence:
             del self._open[sequence.client]
+
+    def drain(self) -> None:
+        """Let no sequence wait for its next row: the server shuts down."""
+        for sequence in self._open.values():
+            sequence.over.set()
 
     def check_draining(self) -> None:
         """Send away whoever can come back.

@@ -19,8 +19,8 @@ from tests.equivalence.tiny_models import tiny_model
 from tests.service.conftest import server_config, write_texts
 from tests.service.local import LocalServer, agent_config, serving, start_agent
 
-MAX_TOKENS = 32
-PROMPTS = ["The clinic says", "a number", "times seven is forty two, and that is what the branch says of it", "x"]
+MAX_TOKENS = 24
+PROMPTS = ["a number", "times seven is forty two", "x"]
 OWN = {
     "as-the-run": {},
     "inner": {"bottom_blocks": 2, "rank": 2},

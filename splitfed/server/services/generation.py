@@ -183,6 +183,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 if not wait.done():
                     wait.cancel()
         if sequence is not None and sequence.over.is_set():
+            self._generations.check_draining()
             raise RoundLost(f"{sequence.client!r} has begun another sequence.")
         if reading not in done:
             raise ServerUnreachable(f"No row came for {patience_s:.0f} s; what came before may be sent again.")

@@ -285,10 +285,10 @@ def test_places_are_bounded_silence_gives_one_up_and_a_server_that_stops_says_so
             stopping = threading.Thread(target=served.server.stop)
             stopping.start()
             wait_until(lambda: served.server.daemon.coordinator.is_draining)
-            stream.outgoing.put(rows())
             with pytest.raises(grpc.RpcError) as raised:
                 next(stream.replies)
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert "The server is shutting down" in raised.value.details()
         stopping.join()
 
 
