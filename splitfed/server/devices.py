@@ -108,7 +108,12 @@ class Devices:
             return None
         n_blocks = max(self._blocks) + 1 + self._run.model.widest.top_blocks
         blocks = range(bottom, n_blocks - top)
-        if not blocks or not set(blocks) <= self._blocks.keys():
+        if not blocks:
+            raise JoinRefused(
+                f"A bottom of {bottom} and a top of {top} blocks do not fit this run, whose model has {n_blocks}: the "
+                "trunk keeps one at least; hold fewer ([agent] bottom_blocks, top_blocks)."
+            )
+        if not set(blocks) <= self._blocks.keys():
             raise JoinRefused(
                 f"A bottom of {bottom} and a top of {top} blocks do not fit this run, whose server runs blocks "
                 f"{min(self._blocks)} to {max(self._blocks)} of {n_blocks}; hold others ([agent] bottom_blocks, "

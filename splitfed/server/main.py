@@ -22,6 +22,7 @@ from splitfed.server.daemon import Daemon
 from splitfed.server.devices import Devices, shapes_of
 from splitfed.server.store import RunState, RunStore
 from splitfed.training.denoising import FitDenoiser, entrance_of_run
+from splitfed.training.fits import check_fit
 from splitfed.training.runtime import prepare_process
 from splitfed.training.setup import open_bottom_and_top, open_trunk, start_of_run
 from splitfed.training.trunk_step import TrunkTrainer
@@ -72,12 +73,14 @@ def open_daemon(config: ServerConfig, *, resume: bool = False, overwrite: bool =
         The daemon, ready to serve; None if the run to go on with is over already, and no text is to be generated.
 
     Raises:
-        SplitFedError: If the base model cannot be loaded, or the directory holds another run.
+        SplitFedError: If the base model cannot be loaded or the run does not fit it, or the directory holds another
+            run.
     """
     folder = resolve_base(config.model.base, config.model.revision)
     _check_positions(folder, "training.max_tokens", config.training.max_tokens)
     if config.generation.max_tokens is not None:
         _check_positions(folder, "generation.max_tokens", config.generation.max_tokens)
+    check_fit(folder, config.model, config.lora, residual_rank=config.shared().residual_rank)
     base = BaseFolder(folder)
     store = RunStore(config.run.directory, _identity(config, base), resume=resume, overwrite=overwrite)
     with ExitStack() as opened:
