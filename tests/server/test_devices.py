@@ -52,9 +52,7 @@ def test_a_personal_tensor_that_is_no_agents_is_refused(devices: Devices) -> Non
 
 
 def test_an_agent_that_leaves_the_trunk_no_block_hears_that_it_keeps_one(devices: Devices) -> None:
-    said = (
-        r"^A bottom of 3 and a top of 1 blocks do not fit this run, whose model has 4: the trunk keeps one at least; "
-    )
+    said = r"^A bottom of 3 and a top of 1 blocks do not fit this run, whose model has 4: the trunk keeps one at "
     with pytest.raises(JoinRefused, match=said):
         devices.device(bottom_blocks=3)
     with pytest.raises(JoinRefused, match=r"do not fit this run, whose server runs blocks 1 to 2 of 4; hold others"):

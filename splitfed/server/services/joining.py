@@ -52,8 +52,8 @@ class JoiningService(joining_pb2_grpc.JoiningServicer):
         if request.bottom_blocks + request.top_blocks >= self._base.n_blocks:
             raise JoinRefused(
                 f"A bottom of {request.bottom_blocks} and a top of {request.top_blocks} blocks do not fit this run, "
-                f"whose model has {self._base.n_blocks}: the trunk keeps one at least; hold fewer ([agent] bottom_blocks, "
-                "top_blocks)."
+                f"whose model has {self._base.n_blocks}: the trunk keeps one at least; hold fewer ([agent] "
+                "bottom_blocks, top_blocks)."
             )
         return await asyncio.get_running_loop().run_in_executor(
             self._worker, lambda: self._segments(request.bottom_blocks, request.top_blocks)
