@@ -123,7 +123,8 @@ class Agent:
             )
             self._joined = prepared.run_id
             self._backoff.progress()
-            _log.info("joined the run %s (%d of %d here)", prepared.run_id, joined, agents)
+            here = f"{joined} of {agents}" if joined <= agents else str(joined)
+            _log.info("joined the run %s (%s here)", prepared.run_id, here)
             while (opened := self._next_round(calls, prepared)) is not None:
                 self._run_round(calls, prepared, opened)
                 self._backoff.progress()
@@ -169,7 +170,13 @@ class Agent:
         kept = trainer.optimiser.state() | {f"{PERSONAL}{name}": after[name] for name in prepared.personal}
         self._state.keep_optimiser(prepared.run_key, round, kept, start=opened.last_counted)
         held_out_loss = None if held_out is None else held_out.own
-        self._submit(calls, prepared, round, start, local, held_out_loss, adapter_traffic)
+        refused = self._submit(calls, prepared, round, start, local, held_out_loss, adapter_traffic)
+        if refused is not None:
+            _log.warning(
+                "round %d goes on without this agent, which takes part in the next one: its update is refused. %s",
+                round,
+                refused,
+            )
         privacy = prepared.privacy
         line = {
             "round": round,
@@ -190,6 +197,8 @@ class Agent:
             "adapter_bytes_down": adapter_traffic.received_bytes,
             "seconds": self._clock() - started_s,
         }
+        if refused is not None:
+            line["refused"] = refused
         self._state.write_metrics(prepared.run_id, line)
         self._progress.round_is_over(line, training.rounds)
 
@@ -250,8 +259,8 @@ class Agent:
         local: LocalRound,
         held_out_loss: float | None,
         traffic: Traffic,
-    ) -> None:
-        """Let the adapters pass the gate, charge a loss that is shared, then send both."""
+    ) -> str | None:
+        """Let the adapters pass the gate, charge a loss that is shared, then send both; gives why they are refused."""
         shares = self._config.agent.share_loss
         if shares:
             self._ledger.charge(
@@ -260,7 +269,7 @@ class Agent:
         report = RoundReport(local.sent_tokens, local.loss if shares else None, held_out_loss if shares else None)
         state = prepared.update(start, round)
         codec = get_codec(prepared.run.codecs.adapter)
-        self._persistently(lambda: calls.submit_adapter(prepared.run_id, round, state, codec, report, traffic))
+        return self._persistently(lambda: calls.submit_adapter(prepared.run_id, round, state, codec, report, traffic))
 
     def _persistently(self, call: Callable[[], R]) -> R:
         """Make a call that may be made twice until it is answered: a lost answer must not cost a round."""

@@ -1,5 +1,6 @@
 """The agent daemon: from a configuration to the end of the run, or a clean stop."""
 
+import logging
 import signal
 from types import FrameType
 
@@ -10,6 +11,8 @@ from splitfed.agent.progress import Progress
 from splitfed.agent.state import AgentState
 from splitfed.config import AgentConfig, refuse_plain_text
 from splitfed.training.runtime import prepare_process
+
+_log = logging.getLogger(__name__)
 
 
 class _Stopped(BaseException):
@@ -43,7 +46,10 @@ def run_agent(config: AgentConfig, *, insecure: bool = False) -> int:
         agent = Agent(config, state, progress)
         agent.run()
     except _Stopped:
-        pass  # a round that was not over is run again by the next start
+        _log.info(
+            "stopped by SIGTERM: the open round goes on without this agent, unless its update was sent; start it "
+            "again, and it takes part again"
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
         progress.close()

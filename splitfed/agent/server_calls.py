@@ -180,11 +180,11 @@ class ServerCalls:
 
     def submit_adapter(
         self, run_id: str, round: int, state: Mapping[str, Tensor], codec: Codec, report: RoundReport, traffic: Traffic
-    ) -> bool:
+    ) -> str | None:
         """Send the adapters after local training.
 
         Returns:
-            False if they were there already.
+            Why the round goes on without them; None: they are counted.
 
         Raises:
             RoundLost: If that round is over.
@@ -200,7 +200,7 @@ class ServerCalls:
         )
         with translated():
             messages = _counted(adapter_messages(header, state, codec), traffic)
-            return bool(self._federation.SubmitAdapter(messages).is_new)
+            return self._federation.SubmitAdapter(messages).refused or None
 
     def mean_gradient(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from splitfed.errors import SplitFedError
+from splitfed.errors import RoundLost, ServerUnreachable, SplitFedError
 from splitfed.transport.status import status_of
 
 _log = logging.getLogger(__name__)
@@ -62,8 +62,12 @@ def _guard_stream(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> 
 
 
 async def _abort(error: Exception, method: str, context: Any) -> None:
+    if isinstance(error, (RoundLost, ServerUnreachable)):  # as they come in any run: the agent comes back
+        _log.info("an agent was told to come back: %s", error)
+    elif isinstance(error, SplitFedError):
+        _log.warning("an agent was refused: %s", error)
     if isinstance(error, SplitFedError):
-        _log.warning("%s: %s", method, error)
+        _log.debug("the call was %s", method)
         await context.abort(status_of(error), str(error))
     _log.exception("%s failed", method, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "The server failed; its log says why.")

@@ -1,7 +1,8 @@
-"""What came with an update, and a round's line of figures."""
+"""What came with an update, a round's line of figures, and what was out of the ordinary, in words too."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from splitfed.federation import Rounds
 from splitfed.server.store import RunState
@@ -73,21 +74,69 @@ def metrics_line(
     }
 
 
-def happenings(rounds: Rounds) -> dict[str, Collection[str]]:
+def happenings(
+    rounds: Rounds, *, refused: Mapping[str, str], left_out: Collection[str]
+) -> dict[str, Collection[str] | int]:
     """Say what became of the members of a round that is closed, as far as it is out of the ordinary.
+
+    Args:
+        rounds: The rounds, before the next one opens.
+        refused: Whose update is not in this round, and why.
+        left_out: Whose update the rule has left out.
 
     Returns:
         Any of ``selected`` (who was asked, in a run with a cohort), ``replaced`` (who went, and who was asked instead),
-        ``taken_out`` (who had no place in the round's joint steps, or lost it), ``late`` (whom the round was closed
-        without), ``dropped`` (whose late update was given up in this round), and ``merged`` (whose late update is in
-        this round, and the round that it was made in).
+        ``left`` (who said that it stops), ``silent`` (of whom nothing was heard), ``taken_out`` (who had no place in
+        the round's joint steps, or lost it), ``begun_again`` (how often they began again for all), ``late`` (whom the
+        round was closed without), ``dropped`` (whose late update was given up in this round), ``merged`` (whose late
+        update is in this round, and the round that it was made in), ``refused`` and ``left_out``.
     """
-    said: dict[str, Collection[str]] = {
+    absences = rounds.absences
+    said: dict[str, Collection[str] | int] = {
         "selected": rounds.selected if rounds.policy.cohort is not None else [],
         "replaced": rounds.replaced,
+        "left": sorted(absences.left),
+        "silent": sorted(absences.silent),
         "taken_out": rounds.taken_out,
+        "begun_again": absences.begun_again,
         "late": rounds.late,
         "dropped": rounds.dropped,
         "merged": rounds.merged,
+        "refused": dict(sorted(refused.items())),
+        "left_out": list(left_out),
     }
     return {name: what for name, what in said.items() if what}
+
+
+_IN_WORDS: Final[dict[str, str]] = {
+    "selected": "asked were {}",
+    "replaced": "asked in place of one that went or was refused: {}",
+    "left": "left: {}",
+    "silent": "nothing was heard of {}",
+    "taken_out": "no place in its joint steps had {}",
+    "begun_again": "begun again: {}",
+    "late": "closed while at work: {}",
+    "dropped": "late and dropped: {}",
+    "merged": "late and taken: {}",
+    "refused": "refused: {}",
+    "left_out": "left out by the rule: {}",
+}
+
+
+def in_words(happened: Mapping[str, Collection[str] | int]) -> str:
+    """Write what `happenings` gives for a person."""
+
+    def names(what: str, who: Collection[str] | int) -> str:
+        if isinstance(who, int):
+            return "once" if who == 1 else f"{who} times"
+        if not isinstance(who, Mapping) or what == "refused":
+            return ", ".join(who)
+        pattern = "{1} for {0}" if what == "replaced" else "{0} (of round {1})"
+        return ", ".join(pattern.format(*pair) for pair in who.items())
+
+    return "; ".join(_IN_WORDS[what].format(names(what, who)) for what, who in happened.items())
+
+
+def here(joined: int, agents: int) -> str:
+    """Write how many are here, of those that the first round waits for, as long as they are no more than these."""
+    return f"{joined} of {agents} here" if joined <= agents else f"{joined} here"

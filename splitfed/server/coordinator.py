@@ -1,7 +1,6 @@
 """A run on the server: its members, its rounds, its adapters, and what is written at each round's end."""
 
 import asyncio
-import json
 import logging
 import time
 from collections import Counter
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from splitfed.config import ServerConfig
 from splitfed.errors import ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
-from splitfed.federation import Phase, Rounds, merged
+from splitfed.federation import Phase, Rounds, UpdateRefused, merged
 from splitfed.federation.pace import WatchedClock
 from splitfed.federation.variants import variant_of
-from splitfed.server.contribution import Contribution, happenings, metrics_line
+from splitfed.server.contribution import Contribution, happenings, here, in_words, metrics_line
 from splitfed.server.devices import Device, Devices, shapes_of
 from splitfed.server.engine import Engine
 from splitfed.server.member_session import MemberSession
@@ -31,6 +30,7 @@ from splitfed.server.store import RunState, RunStore
 from splitfed.server.trunk_round import TrunkRound
 from splitfed.server.watchers import Watchers
 from splitfed.training.denoising import FitDenoiser
+from splitfed.training.joint_pace import JointPace
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ class Coordinator:
         self._worker = worker
         self._clock = clock
         self._watched = WatchedClock(LONGEST_LOOK_S)
+        self._pace = JointPace()
+        self._refusals: dict[str, tuple[int, str]] = {}
         self._contributions: dict[str, Contribution] = {}
         self._round_started_s = clock()
         self._closing = asyncio.Lock()
@@ -136,6 +138,25 @@ class Coordinator:
         return self._watchers.has_ended
 
     @property
+    def unaware(self) -> list[str]:
+        """Members that may still ask, and have not heard that the run is over."""
+        return self._watchers.unaware
+
+    @property
+    def why_hopeless(self) -> str | None:
+        """Why the open round cannot have its quorum although agents are here, and what to do; None if it still can."""
+        if not self.rounds.has_refused_too_many(self._clock()):
+            return None
+        refused = self.rounds.refused
+        do = "lower training.learning_rate in a new run"
+        if self.config.aggregation.refuse_norm is not None:
+            do = f"raise aggregation.refuse_norm and start the server again with --resume, or {do}"
+        return (
+            f"round {self.rounds.current} cannot have its quorum of {self.rounds.policy.quorum}, for the updates of "
+            f"{', '.join(refused)} were refused ({next(iter(refused.values())).rstrip('.')}); {do}"
+        )
+
+    @property
     def is_draining(self) -> bool:
         """The server shuts down, and takes no more work."""
         return self._watchers.is_draining
@@ -162,7 +183,7 @@ class Coordinator:
         self.devices.put(client, device or self.devices.device())
         was_open = self.rounds.phase is Phase.OPEN
         self.rounds.join(client, weight, self._clock())
-        _log.info("%s joined (%d of %d here)", client, self.rounds.joined, self.rounds.agents)
+        _log.info("%s joined (%s)", client, here(self.rounds.joined, self.rounds.agents))
         self._note_opening(was_open)
         await self._watchers.tell()
 
@@ -179,11 +200,10 @@ class Coordinator:
         if not self.rounds.leave(client, self._clock(), for_good=for_good):
             return
         _log.info(
-            "%s left%s (%d of %d here)",
+            "%s left%s (%s)",
             client,
             " for good" if for_good else "",
-            self.rounds.joined,
-            self.rounds.agents,
+            here(self.rounds.joined, self.rounds.agents),
         )
         if was_open and not self.rounds.joined and not self.rounds.is_abandoned:
             _log.warning("nobody is here; the run waits for an agent to come back")
@@ -246,9 +266,10 @@ class Coordinator:
             False if it was here already.
 
         Raises:
+            UpdateRefused: If its numbers are such that it is not counted: the round goes on without it.
             RoundLost: If that round is not open.
             ServerUnreachable: If the round cannot be written; the server ends then.
-            ProtocolError: If the client has not run all local steps, or its numbers cannot be averaged.
+            ProtocolError: If the client has not run all local steps.
         """
         return await asyncio.shield(self._submit(client, round, ends, contribution))
 
@@ -338,7 +359,9 @@ class Coordinator:
             attempt=self._begun,
             trained=self._updates.trained,
             clock=lambda: self._watched.look(self._clock()),
+            pace=self._pace,
         )
+        self._refusals = {client: said for client, said in self._refusals.items() if said[0] != number}
         self._begun += 1
         self._contributions = {}
         self._round_started_s = self._clock()
@@ -348,6 +371,9 @@ class Coordinator:
         async with self._closing:
             if self.rounds.is_counted(client, round):
                 return False
+            before, why = self._refusals.get(client, (0, ""))
+            if before == round:
+                raise UpdateRefused(why)
             self._sessions.check_goes_on(client, round)
             self.rounds.progress(client, self._clock())
             session = self._sessions.of(client, round)
@@ -356,26 +382,54 @@ class Coordinator:
                 raise ProtocolError(
                     f"{client!r} sent its update after {steps} of {self.config.training.local_steps} local steps."
                 )
-            taken = await self._trunk_round.take(client, session.slot)
-            if not self.rounds.expects(client, round) or not self.is_current(session):
-                raise self._sessions.over(client, round)
-            self._updates.take(client, round, taken.adapter, ends)
-            self._trunk_round.keep(client, taken)
-            self.rounds.submit(client, round, self._clock())
-            counted = self._contributions.setdefault(client, Contribution())
-            self._contributions[client] = replace(
-                contribution, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down
-            )
-            if round < self.rounds.current:
-                _log.info("round %d: %s submitted late, for round %d", self.rounds.current, client, round)
-            else:
-                _log.info("round %d: %s submitted", round, client)
+            refusal: UpdateRefused | None = None
+            try:
+                await self._count(session, ends, contribution)
+            except UpdateRefused as error:
+                refusal = error
+                await self._go_on_without(session, str(error))
             try:
                 await self._close_round_if_complete()
             except RunDirectoryError as error:  # the next tick meets it too, and ends the server
                 raise ServerUnreachable("The server cannot write the round; come back when it is up again.") from error
         await self._watchers.tell()
+        if refusal is not None:
+            raise refusal
         return True
+
+    async def _count(self, session: MemberSession, ends: Mapping[str, Tensor], contribution: Contribution) -> None:
+        """Count what a session came to, or change nothing."""
+        client, round = session.client, session.round
+        taken = await self._trunk_round.take(client, session.slot)
+        self._check_expected(session)
+        self._updates.take(client, round, taken.adapter, ends)
+        self._trunk_round.keep(client, taken)
+        self.rounds.submit(client, round, self._clock())
+        counted = self._contributions.setdefault(client, Contribution())
+        self._contributions[client] = replace(contribution, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
+        if round < self.rounds.current:
+            _log.info("round %d: %s submitted late, for round %d", self.rounds.current, client, round)
+        else:
+            _log.info("round %d: %s submitted", round, client)
+
+    async def _go_on_without(self, session: MemberSession, why: str) -> None:
+        """End a member's part in the round, whose update cannot be counted."""
+        self._check_expected(session)
+        client, round = session.client, session.round
+        _log.warning("round %d goes on without %s, whose update is refused: %s", self.rounds.current, client, why)
+        self._refusals[client] = round, why
+        self.rounds.refuse(client, round, why, self._clock())
+        self._sessions.give_up(client)
+        await self._engine.empty(session.slot)
+
+    def _check_expected(self, session: MemberSession) -> None:
+        """Check that a session's update would be taken now.
+
+        Raises:
+            RoundLost: If the round goes on without it.
+        """
+        if not self.rounds.expects(session.client, session.round) or not self.is_current(session):
+            raise self._sessions.over(session.client, session.round)
 
     async def _close_round_if_complete(self) -> None:
         if not self.rounds.is_complete():
@@ -384,6 +438,7 @@ class Coordinator:
         self._trunk_round.close(RoundLost(f"Round {self.rounds.current} is over; wait for the next one."))
         shared = await self._trunk_round.result()
         adapter, notes = await self._off_loop(lambda: self._updates.result(shared))
+        refused = {**self.rounds.refused, **self._updates.refused}
         state = RunState(
             round=self.rounds.current,
             trunk={name: adapter[name] for name in self._state.trunk},
@@ -395,8 +450,9 @@ class Coordinator:
             aggregator=self._updates.aggregator_state,
         )
         seconds = self._clock() - self._round_started_s
-        taken = {client: self._contributions[client] for client in {*self.rounds.submitted, *self.rounds.merged}}
-        happened = happenings(self.rounds)
+        counted = {*self.rounds.submitted, *self.rounds.merged} - self._updates.refused.keys()
+        taken = {client: self._contributions[client] for client in counted}
+        happened = happenings(self.rounds, refused=refused, left_out=self._updates.left_out)
         metrics = metrics_line(
             state,
             taken,
@@ -415,9 +471,9 @@ class Coordinator:
             await self._engine.empty(session.slot)
         _log.info("round %d of %d is written (%.1f s)", state.round, self.rounds.rounds, seconds)
         for what, who in happened.items():
-            self.happened[what] += len(who)
+            self.happened[what] += who if isinstance(who, int) else len(who)
         if happened:
-            _log.info("round %d: %s", state.round, json.dumps(happened))
+            _log.info("round %d: %s", state.round, in_words(happened))
 
     async def _off_loop(self, work: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work)

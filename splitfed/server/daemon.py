@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _GRACE_S = 10.0
 _LAST_WORD_S = 30.0
-_LEFT_FOR_GOOD = 3
+_HOPELESS = 3
 
 
 class Daemon:
@@ -83,6 +83,7 @@ class Daemon:
             devices=devices,
         )
         self._generations = Generations(self.coordinator, self._engine)
+        self._why_hopeless: str | None = None
         self._blocks = trainer.blocks
         self._hidden_size = trainer.hidden_size
 
@@ -90,7 +91,8 @@ class Daemon:
         """Serve until the run is over, or until it is asked to stop: then work in progress ends first.
 
         Returns:
-            The exit status: 3 if every agent left the run for good before it was over, otherwise 0.
+            The exit status: 3 if every agent left the run for good before it was over, or so many updates were refused
+            that a round cannot have its quorum; otherwise 0.
 
         Raises:
             AddressInUse: If an address cannot be listened on.
@@ -150,7 +152,8 @@ class Daemon:
             while not ended.done() and not stopped.done():
                 await asyncio.wait({ended, stopped}, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
                 await self.coordinator.tick()
-                if self.coordinator.rounds.is_abandoned:
+                self._why_hopeless = self.coordinator.why_hopeless
+                if self.coordinator.rounds.is_abandoned or self._why_hopeless is not None:
                     return
                 if self.coordinator.rounds.phase is Phase.FINISHED and self._config.generation.enabled:
                     _log.info("the run is over; its members can generate until this server is stopped")
@@ -160,7 +163,8 @@ class Daemon:
                     now_s = asyncio.get_running_loop().time()
                     finished_s = finished_s or now_s
                     if now_s - finished_s > _LAST_WORD_S:
-                        _log.warning("not every agent came to hear that the run is over")
+                        unaware = ", ".join(self.coordinator.unaware)
+                        _log.warning("the run is over, and in %.0f s %s did not come to hear", _LAST_WORD_S, unaware)
                         return
         finally:
             ended.cancel()
@@ -179,7 +183,10 @@ class Daemon:
                 rounds.committed,
                 rounds.rounds,
             )
-            return _LEFT_FOR_GOOD
+            return _HOPELESS
+        if self._why_hopeless is not None:
+            _log.error("%s", self._why_hopeless)
+            return _HOPELESS
         _log.info("stopped after round %d of %d; --resume goes on from there", rounds.committed, rounds.rounds)
         return 0
 

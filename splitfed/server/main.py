@@ -30,8 +30,9 @@ from splitfed.training.trunk_step import TrunkTrainer
 _TIMING = {
     "training": ("max_in_flight",),
     "federation": ("agent_timeout_s", "straggler_margin", "population"),
+    "aggregation": ("refuse_norm",),
 }
-"""What may change in a run that goes on: when things happen and who may join, not what is computed."""
+"""What may change in a run that goes on: when things happen and who may take part, not what is computed."""
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def run_server(config: ServerConfig, *, resume: bool = False, overwrite: bool = 
         insecure: Allow plain text beyond this machine.
 
     Returns:
-        The exit status: 0 when the run is over or was drained, 3 if every agent left it for good before.
+        The exit status: 0 when the run is over or was drained, 3 if agents are gone for good or refused, so that it
+        cannot go on.
 
     Raises:
         SplitFedError: What keeps the daemon from serving.

@@ -78,8 +78,10 @@ class _Happenings(Collector):
     def collect(self) -> Iterator[CounterMetricFamily]:
         """Give the present counts."""
         family = CounterMetricFamily(
-            "splitfed_agents_out_of_step", "Agents late, dropped, merged or replaced in a round", labels=["what"]
+            "splitfed_agents_out_of_step",
+            "Agents out of step with a round, as in metrics.jsonl",
+            labels=["what"],
         )
-        for what in ("late", "dropped", "merged", "replaced", "taken_out"):
+        for what in ("late", "dropped", "merged", "replaced", "taken_out", "silent", "left", "refused", "left_out"):
             family.add_metric([what], self._coordinator.happened[what])
         yield family

@@ -58,6 +58,7 @@ class RoundSessions:
         self._begin_again = begin_again
         self._tell = tell
         self._sessions: dict[str, MemberSession] = {}
+        self._slow_before: set[str] = set()
 
     @property
     def late(self) -> list[str]:
@@ -103,6 +104,8 @@ class RoundSessions:
         """
         behind = self._rounds.current - round
         if self._rounds.phase is not Phase.OPEN or (behind != 0 and self._rounds.lateness(client) != behind):
+            if client in self._rounds.members:
+                self._rounds.progress(client, self._clock())  # it is there, and can be asked for another round
             raise self.over(client, round)
 
     def over(self, client: str, round: int) -> RoundLost:
@@ -115,7 +118,7 @@ class RoundSessions:
             )
         if rounds.phase is Phase.OPEN and round == rounds.current:
             return RoundLost(f"Round {round} goes on without this session of {client!r}; wait until it is asked again.")
-        return RoundLost(f"Round {round} is not open; the run is at round {rounds.current} ({rounds.phase.value}).")
+        return RoundLost(f"Round {round} is not open; {rounds.standing}.")
 
     async def open(self, client: str, round: int, token: bytes) -> MemberSession:
         """Start a client's round from its beginning, or find the session where its stream broke.
@@ -165,11 +168,15 @@ class RoundSessions:
                 self._rounds.progress(client, self._clock())
 
     async def go_on_with_joint_steps(self) -> None:
-        """Take those out that have lost their place in joint steps, or keep the others waiting for too long."""
+        """Take those out that have lost their place in joint steps, or keep the others waiting for too long.
+
+        That is at two looks one after the other: a server that stood still hears them in between.
+        """
         joint = self._trunk_round.joint
         if joint is None:
             return
-        slow = set() if self._margin is None else joint.holding_up(self._margin)
+        seen_slow = set() if self._margin is None else joint.holding_up(self._margin)
+        slow, self._slow_before = seen_slow & self._slow_before, seen_slow
         for client in self._rounds.working:
             slot = self._trunk_round.slot(client, b"")
             if slot not in joint.slots and client in self._sessions:
@@ -178,7 +185,7 @@ class RoundSessions:
                 _log.warning("round %d goes on without %s: its joint steps wait for it", self._rounds.current, client)
             else:
                 continue
-            if not await self._take_out(client):
+            if not await self._take_out(client, is_silent=slot in joint.slots):
                 return
 
     async def end_lost_parts(self) -> None:
@@ -234,8 +241,12 @@ class RoundSessions:
         if self._variant.shares_adapter and self.is_current(session):
             self._trunk_round.leave(session.slot)
 
-    async def _take_out(self, client: str) -> bool:
+    async def _take_out(self, client: str, *, is_silent: bool = False) -> bool:
         """Go on without a client whose place in the round's joint steps is lost.
+
+        Args:
+            client: The client.
+            is_silent: The others wait for it.
 
         Returns:
             False if too few are left: the round has begun again, for everyone.
@@ -243,7 +254,7 @@ class RoundSessions:
         session = self._sessions.get(client)
         if session is not None:
             await self._end(session)
-        goes_on = self._rounds.take_out(client, self._clock())
+        goes_on = self._rounds.take_out(client, self._clock(), is_silent=is_silent)
         if not goes_on:
             _log.warning("round %d begins again: too few are left to finish it", self._rounds.current)
             self._trunk_round.close(RoundLost(f"Round {self._rounds.current} begins again: too few are left in it."))

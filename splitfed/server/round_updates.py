@@ -7,7 +7,7 @@ from torch import Tensor
 
 from splitfed.config import RunConfig
 from splitfed.errors import ProtocolError
-from splitfed.federation import Update, at_rank, make_aggregator, trained_factors
+from splitfed.federation import Update, UpdateRefused, at_rank, make_aggregator, trained_factors
 from splitfed.federation.variants import variant_of
 from splitfed.models.factors import factor_of
 from splitfed.server.devices import Devices
@@ -30,8 +30,12 @@ class RoundUpdates:
         weight: Gives a member's weight in every mean.
         aggregator: What the rule keeps from round to round.
 
+    Attributes:
+        refused: Whose update the last result is without although it was held, and why.
+        left_out: Whose update the rule has left out of the last result, in the order of names.
+
     Guarantees:
-        * An update that is refused changes nothing, and may come again.
+        * An update that is refused changes nothing.
         * A late update counts by its change from what it started from.
     """
 
@@ -47,6 +51,8 @@ class RoundUpdates:
         self._aggregator.load(aggregator)
         self._base: dict[str, Tensor] = {}
         self._bases: dict[int, dict[str, Tensor]] = {}
+        self.refused: dict[str, str] = {}
+        self.left_out: list[str] = []
 
     def begin(self, state: RunState, round: int, *, late: Collection[int] = ()) -> None:
         """Open a round; what came since the last result is forgotten.
@@ -58,7 +64,9 @@ class RoundUpdates:
         """
         self._base, self._ends, self._round = {**state.trunk, **state.ends}, state.ends, round
         self._bases = {**{number: self._bases[number] for number in late}, round: self._base}
-        self._counted = dict(state.counted)
+        self._counted_before, self._counted = dict(state.counted), dict(state.counted)
+        self._added: set[str] = set()
+        self.refused, self.left_out = {}, []
         self._held: dict[str, Mapping[str, Tensor]] = {}
         self._aggregator.begin(self._base, round)
 
@@ -111,7 +119,9 @@ class RoundUpdates:
             ends: What it sent, by whole-model name.
 
         Raises:
-            ProtocolError: If it cannot be averaged; what is held is tried as well, as its client would not hear later.
+            UpdateRefused: If its numbers are such that it is not counted; what is held is tried as well, as its client
+                would not hear later.
+            ProtocolError: If it is no update of this round.
         """
         counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._devices.contested
         of_trunk = {name: trunk[name] for name in counted}
@@ -120,8 +130,10 @@ class RoundUpdates:
             if self._variant.shares_adapter:
                 self._try(client, ends)
                 self._held[client] = ends
-            elif of_trunk or ends:
-                self._aggregator.add(client, Update({**of_trunk, **ends}, self._weight(client), own_base))
+            else:
+                self._add(client, {**of_trunk, **ends}, own_base)
+        except UpdateRefused:
+            raise
         except ValueError as error:
             raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
         self._counted[client] = round
@@ -138,16 +150,34 @@ class RoundUpdates:
             own = self._devices[client].own
             of_trunk = {name: shared[name] for name in contested & shared.keys() if name not in own}
             try:
-                if of_trunk or ends:
-                    self._aggregator.add(client, Update({**of_trunk, **ends}, self._weight(client)))
+                self._add(client, {**of_trunk, **ends})
             except ValueError as error:
-                _log.warning("the update of %s is left out: %s", client, error)
+                _log.warning("the round is without the update of %s: %s", client, error)
+                self.refused[client] = str(error)
+                self._uncount(client)
         kept = {name: tensor for name, tensor in shared.items() if name not in contested}
         if not contested and not self._variant.averages_trunk:
             return {**self._ends, **kept}, {}
+        if self.refused and not self._added:
+            return {**self._base, **kept}, {}
         aggregate = self._aggregator.result()
+        self.left_out = sorted(self._added - set(aggregate.clients))
         notes = {name: figure for name, figure in aggregate.notes.items() if figure}
         return {**aggregate.adapter, **kept}, notes
+
+    def _add(self, client: str, state: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None) -> None:
+        """Count what a client trained, if it trained anything."""
+        if state:
+            self._aggregator.add(client, Update(state, self._weight(client), base))
+            self._added.add(client)
+
+    def _uncount(self, client: str) -> None:
+        """Let a client's optimiser go on from the round that it would go on from without this one."""
+        before = self._counted_before.get(client)
+        if before is None:
+            del self._counted[client]
+        else:
+            self._counted[client] = before
 
     def _try(self, client: str, ends: Mapping[str, Tensor]) -> None:
         """Check an update by the run's rule, and count nothing."""

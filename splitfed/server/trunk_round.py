@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from splitfed.config import FederationSection
-from splitfed.errors import LinkError, ProtocolError, RoundLost
+from splitfed.errors import LinkError, RoundLost
+from splitfed.federation import UpdateRefused
 from splitfed.federation.variants import ASYNC, Staleness, Variant
 from splitfed.server.engine import Engine
+from splitfed.training.joint_pace import JointPace
 from splitfed.training.together import FreeCalls, JointCalls, OwnCalls, TrunkCalls
 
 SHARED: Final = "(shared)"
@@ -45,6 +47,7 @@ class TrunkRound:
         attempt: How often the round was begun before; slots of an earlier attempt are others.
         trained: Names that are trained in this round.
         clock: Monotonic seconds.
+        pace: What joint steps took in the rounds before; None: nothing is known.
 
     Attributes:
         optimisers: Optimiser state of each owner, as far as updates are in.
@@ -62,6 +65,7 @@ class TrunkRound:
         attempt: int = 0,
         trained: frozenset[str],
         clock: Callable[[], float] = time.monotonic,
+        pace: JointPace | None = None,
     ) -> None:
         self.optimisers = {owner: dict(state) for owner, state in optimisers.items()}
         self._variant = variant
@@ -71,6 +75,7 @@ class TrunkRound:
         self._attempt = attempt
         self._trained = trained
         self._clock = clock
+        self._pace = pace
         self._staleness = staleness_of(federation) if variant.name == ASYNC.name else None
         self._calls: TrunkCalls | None = None
         self._opening = asyncio.Lock()
@@ -142,13 +147,13 @@ class TrunkRound:
             slot: Its slot.
 
         Raises:
-            ProtocolError: If the next one in turn could not go on from it.
+            UpdateRefused: If the next one in turn could not go on from it.
         """
         if self._variant.shares_adapter:
             return Taken()
         adapter, optimiser = await self._engine.snapshot(slot)
         if self._variant.takes_turns and not all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values()):
-            raise ProtocolError(f"The trunk adapter that {client!r} leaves is not finite; lower the learning rate.")
+            raise UpdateRefused(f"The trunk adapter that {client!r} leaves is not finite.")
         return Taken(adapter, optimiser)
 
     def keep(self, client: str, taken: Taken) -> None:
@@ -173,7 +178,8 @@ class TrunkRound:
         optimiser = self.optimisers.get(SHARED, {})
         await self._engine.open_shared(SHARED, self._adapter, optimiser, trained=self._trained)
         if self._variant.steps_jointly:
-            return JointCalls([self.slot(member, b"") for member in members], self._engine.submit, clock=self._clock)
+            slots = [self.slot(member, b"") for member in members]
+            return JointCalls(slots, self._engine.submit, clock=self._clock, pace=self._pace)
         assert self._staleness is not None
         return FreeCalls(self._engine.submit, self._staleness)
 

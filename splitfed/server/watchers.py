@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from splitfed.federation import Phase, Rounds
 
 _View = tuple[Phase, int, bool, bool, bool]
-"""What a member sees: the phase, the round, whether its update is in, whether it may start, whether the server drains.
-"""
+"""What a member sees: the phase, the round, whether its update is in or was refused, whether it may start, whether the
+server drains."""
 
 
 class Watchers:
@@ -31,11 +31,15 @@ class Watchers:
     @property
     def has_ended(self) -> bool:
         """The run is over and every member that may still ask knows it."""
-        asks = {client for client in self._rounds.members if not self._rounds.has_left_for_good(client)}
-        return self._rounds.phase is Phase.FINISHED and self._told_end >= asks
+        return self._rounds.phase is Phase.FINISHED and not self.unaware
+
+    @property
+    def unaware(self) -> list[str]:
+        """Members that did not leave, and have not heard yet that the run is over, in the order of names."""
+        return [c for c in self._rounds.members if c not in self._told_end and not self._rounds.has_left(c)]
 
     async def watch(self, client: str) -> AsyncIterator[tuple[Phase, int, bool]]:
-        """Yield the run's phase, current round, and whether this client's update is in, at every change.
+        """Yield the run's phase, current round, and whether this client's update is in or was refused, at every change.
 
         A change of whether the client may start counts as one; `Rounds.may_start` says it.
         """
@@ -46,12 +50,11 @@ class Watchers:
                 self._rounds.progress(client, self._clock())
                 view = self._view(client)
             phase, round, is_submitted, _, _ = view
-            yield phase, round, is_submitted
-            if phase is Phase.FINISHED:
+            if phase is Phase.FINISHED:  # noted before: who has read it may hang up, and this is then over
                 self._told_end.add(client)
                 await self.tell()
-                return
-            if self.is_draining:
+            yield phase, round, is_submitted
+            if phase is Phase.FINISHED or self.is_draining:
                 return
 
     async def tell(self) -> None:
@@ -71,5 +74,4 @@ class Watchers:
 
     def _view(self, client: str) -> _View:
         rounds = self._rounds
-        is_submitted = rounds.has_submitted(client)
-        return rounds.phase, rounds.current, is_submitted, rounds.may_start(client), self.is_draining
+        return rounds.phase, rounds.current, rounds.is_done(client), rounds.may_start(client), self.is_draining

@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from itertools import pairwise
-from statistics import median_high
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,12 +13,11 @@ from torch import Tensor
 from splitfed.errors import LinkError, ProtocolError, RoundLost
 from splitfed.federation.variants import Staleness
 from splitfed.training.barrier import Barrier, Key, hand_out, open_answer, settle
+from splitfed.training.joint_pace import JointPace
 from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 from splitfed.training.trunk_step import Applied, TrunkTrainer
 
 T = TypeVar("T")
-
-_STEPS_TO_GO_BY = 3
 
 Submit = Callable[[Callable[[TrunkTrainer], Any]], Future[Any]]
 """Runs something on the trunk, now or in its turn, in the order in which it was asked."""
@@ -118,6 +115,7 @@ class JointCalls:
         slots: The cohort's slots, in an order that does not depend on who comes first.
         submit: Runs something on the trunk.
         clock: Monotonic seconds.
+        pace: What joint steps took in the rounds before, to which this one's are added; None: nothing is known.
 
     Guarantees:
         * Calls are run in the order of the slots, whatever came first.
@@ -125,14 +123,24 @@ class JointCalls:
         * A call that the trunk refuses fails alone; those of the others are run without it.
     """
 
-    def __init__(self, slots: Iterable[str], submit: Submit, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        slots: Iterable[str],
+        submit: Submit,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pace: JointPace | None = None,
+    ) -> None:
         self._submit = submit
         self._barrier = Barrier(slots, self._run)
         self._tokens: dict[str, int] = {}
         self._means = 0
         self._mean: dict[str, Tensor] = {}
         self._clock = clock
-        self._stepped_s: list[float] = []
+        self._pace = pace or JointPace()
+        self._steps = 0
+        self._waits_since_s = clock()
+        self._named: set[str] = set()
 
     @property
     def slots(self) -> Sequence[str]:
@@ -143,16 +151,18 @@ class JointCalls:
         """Name the slots that keep the others waiting for more than a multiple of the median joint step.
 
         Args:
-            margin: How many times the median; nobody holds up a cohort that has not made three steps yet, and more than
-                half of it do not hold up the rest.
+            margin: How many times the median; nobody is named while no such step is known, from this round or one
+                before. Half of the cohort or more do not hold up the rest, nor those that were named before and have
+                gone together with those that are missing now.
         """
-        now_s = self._clock()
-        if len(self._stepped_s) < _STEPS_TO_GO_BY + 1:
+        usual_s = self._pace.usual_s(is_first=self._steps == 0)
+        if usual_s is None or self._clock() - self._waits_since_s <= margin * usual_s:
             return set()
-        took_s = [later - earlier for earlier, later in pairwise(self._stepped_s)]
-        missing = self._barrier.missing()
-        is_too_long = now_s - self._stepped_s[-1] > margin * median_high(took_s)
-        return missing if is_too_long and 2 * len(missing) <= len(self.slots) else set()
+        missing, gone = self._barrier.missing(), self._named - set(self.slots)
+        if 2 * len(missing | gone) >= len(gone.union(self.slots)):
+            return set()
+        self._named |= missing
+        return missing
 
     def forward(self, call: TrunkForward, *, tokens: int = 0) -> Future[Tensor]:
         """Wait for the cohort, then run the forwards; for evaluation, at once."""
@@ -192,8 +202,8 @@ class JointCalls:
 
     def _ask(self, key: Key, slot: str, argument: Any) -> Future[Any]:
         kind, step, _ = key
-        if step != len(self._stepped_s):
-            return _refused(f"A {kind} of step {step} came; step {len(self._stepped_s)} is due.")
+        if step != self._steps:
+            return _refused(f"A {kind} of step {step} came; step {self._steps} is due.")
         return self._barrier.ask(key, slot, argument)
 
     def _run(self, key: Key, slots: Sequence[str], asked: Sequence[Any]) -> Future[Any]:
@@ -212,7 +222,9 @@ class JointCalls:
         if any(norm is not None for norm in asked):
             others = sum(self._share(slot) * (norm or 0.0) for slot, norm in zip(slots, asked, strict=True))
         self._tokens.clear()
-        self._stepped_s.append(self._clock())
+        now_s = self._clock()
+        self._pace.note(now_s - self._waits_since_s, is_first=self._steps == 0)
+        self._steps, self._waits_since_s = self._steps + 1, now_s
         return self._submit(lambda trainer: [trainer.step_together(slots, step, others=others)] * len(slots))
 
     def _share(self, slot: str) -> float:

@@ -91,6 +91,7 @@ class GrpcLink:
         self._call: Any = None
         self._failure: SplitFedError | None = None
         self._is_closed = threading.Event()
+        self._is_silent = False
         self._last_answer_s = time.monotonic()
         self._threads = [
             threading.Thread(target=self._run, name="link", daemon=True),
@@ -192,12 +193,15 @@ class GrpcLink:
             finally:
                 with self._lock:
                     self._outgoing = None
+                    was_silent, self._is_silent = self._is_silent, False
             if self._is_closed.is_set():
                 return
             if not isinstance(failure, ServerUnreachable):
                 self._fail(failure)
                 return
-            _log.info("The stream broke (%s); trying again.", failure)
+            if was_silent:
+                failure = ServerUnreachable(f"no answer for {self._silence_s:.0f} s")
+            _log.info("The stream broke (%s); trying again.", str(failure).rstrip("."))
             if not self._backoff.pause():
                 self._fail(
                     ServerUnreachable(f"The server did not come back after {self._backoff.tries} tries: {failure}")
@@ -268,8 +272,8 @@ class GrpcLink:
                 is_silent = bool(self._pending) and time.monotonic() - self._last_answer_s > self._silence_s
                 if is_silent:
                     self._last_answer_s = time.monotonic()
+                    self._is_silent = self._call is not None
             if is_silent and self._call is not None:
-                _log.warning("No answer for %.0f s; opening the stream again.", self._silence_s)
                 self._call.cancel()
 
     def _fail(self, failure: SplitFedError) -> None:

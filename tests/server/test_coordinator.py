@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from splitfed.errors import JoinRefused, ProtocolError, RoundLost, RunDirectoryError, ServerUnreachable
-from splitfed.federation import Phase
+from splitfed.federation import Phase, UpdateRefused
 from splitfed.proto.v1 import training_pb2
 from splitfed.server.contribution import Contribution
 from splitfed.server.coordinator import Coordinator
@@ -167,16 +168,43 @@ async def test_an_update_that_comes_again_after_the_round_is_over_is_lost(run: R
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-async def test_an_update_that_cannot_be_averaged_is_refused_and_leaves_the_mean_alone(run: Run, value: float) -> None:
+async def test_a_round_goes_on_without_a_refused_update_and_the_next_one_with_its_member(
+    run: Run, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
     await run.join("a", "b")
-    await run.train("a")
+    session = await run.train("a")
     await run.train("b")
-    with pytest.raises(ProtocolError, match="update of 'a' cannot be averaged"):
+    with pytest.raises(UpdateRefused, match="must be between -2048 and 2048") as said:
         await run.submit("a", value)
-    assert run.coordinator.rounds.submitted == []
+    assert session.slot not in run.engine.states
+    for again in (value, 1.0):  # a lost answer is given again, and there is no second try
+        with pytest.raises(UpdateRefused, match=re.escape(str(said.value))):
+            await run.submit("a", again)
     await run.submit("b", 3.0)
-    await run.submit("a", 1.0)
-    assert torch.equal(run.exported[1][ENDS], torch.full((3,), 2.0))
+    assert torch.equal(run.exported[1][ENDS], torch.full((3,), 3.0))
+    with pytest.raises(UpdateRefused, match=re.escape(str(said.value))):
+        await run.coordinator.submit("a", 1, {ENDS: torch.zeros(3)}, Contribution())
+    assert run.coordinator.last_counted("a") == 0
+    await run.finish_round("a", "b")
+    first, second = run.metrics()
+    assert (first["refused"], list(first["agents"])) == ({"a": str(said.value)}, ["b"])
+    assert ("refused" in second, list(second["agents"])) == (False, ["a", "b"])
+    assert f"round 1 goes on without a, whose update is refused: {said.value}" in caplog.text
+
+
+async def test_a_run_in_which_too_many_are_refused_says_what_to_do(run: Run) -> None:
+    await run.join("a", "b")
+    for client in "ab":
+        assert run.coordinator.why_hopeless is None
+        await run.train(client)
+        with pytest.raises(UpdateRefused):
+            await run.submit(client, 1e6)
+    assert str(run.coordinator.why_hopeless).startswith(
+        "round 1 cannot have its quorum of 1, for the updates of a, b were refused (" + repr(ENDS)
+    )
+    assert str(run.coordinator.why_hopeless).endswith("; lower training.learning_rate in a new run")
+    await run.coordinator.tick()
+    assert run.coordinator.rounds.current == 1
 
 
 async def test_the_next_round_starts_from_the_weighted_mean_and_each_ones_optimiser(run: Run) -> None:

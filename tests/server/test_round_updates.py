@@ -11,6 +11,7 @@ from torch import Tensor
 from splitfed.config import FederationSection, LoraSection, ModelSection, RunConfig, RunIdentity
 from splitfed.config.aggregation import AggregationSection
 from splitfed.errors import ProtocolError
+from splitfed.federation import UpdateRefused
 from splitfed.server.devices import Devices, shapes_of
 from splitfed.server.round_updates import RoundUpdates
 from splitfed.server.store import RunState
@@ -19,7 +20,7 @@ from splitfed.transport.adapters import RESIDUAL
 TRUNK_A, TRUNK_B = "model.layers.1.q.lora_A.weight", "model.layers.1.q.lora_B.weight"
 A, B = "model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_B.weight"
 R, WIDE = 2, 3
-WEIGHTS = {"a": 1, "b": 3, "c": 1}
+WEIGHTS = {"a": 1, "b": 3, "c": 1, "d": 1, "e": 1}
 VARIANTS = ["sflv1", "sflv2", "parallel", "async"]
 
 State = dict[str, Tensor]
@@ -44,14 +45,15 @@ def begun() -> MakeUpdates:
         lora: Any = "factors",
         state: RunState = START,
         own: Mapping[str, Any] = {},
+        aggregation: Mapping[str, Any] = {},
         **keys: Any,
     ) -> RoundUpdates:
         run = RunConfig(
             run=RunIdentity(name="small"),
             model=ModelSection(base="demo", bottom_blocks=1, top_blocks=0),
             lora=LoraSection(rank=R, **keys),
-            federation=FederationSection(agents=3, variant=variant),
-            aggregation=AggregationSection(lora=lora),
+            federation=FederationSection(agents=len(WEIGHTS), quorum=3, variant=variant),
+            aggregation=AggregationSection(lora=lora, **aggregation),
         )
         ends = shapes_of(state.ends)
         devices = Devices(run, ends, {1: shapes_of(state.trunk), 2: {}} if state.trunk else {})
@@ -96,11 +98,9 @@ def test_a_trunk_adapter_that_is_no_mean_of_copies_stays_as_the_round_leaves_it(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
-def test_an_update_that_cannot_be_averaged_changes_nothing_and_may_come_again(
-    begun: MakeUpdates, variant: str, value: float
-) -> None:
+def test_an_update_that_is_refused_changes_nothing(begun: MakeUpdates, variant: str, value: float) -> None:
     updates = begun(variant)
-    with pytest.raises(ProtocolError, match="update of 'a' cannot be averaged"):
+    with pytest.raises(UpdateRefused, match="must be between"):
         updates.take("a", 1, of_trunk(variant, 1.0), factors(1.0, value))
     assert updates.counted == {}
     updates.take("a", 1, of_trunk(variant, 1.0), factors(1.0, 2.0))
@@ -187,3 +187,51 @@ def test_a_run_in_which_nobody_trains_anything_but_the_shared_trunk_keeps_its_en
     updates.take("a", 1, {}, {})
     left = factors(1.0, 7.0, trunk=True)
     assert updates.result(left) == (left, {})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_update_of_another_form_is_its_senders_mistake(begun: MakeUpdates, variant: str) -> None:
+    odd = {A: torch.ones(R + 1, WIDE), B: torch.ones(WIDE, R)}
+    with pytest.raises(ProtocolError, match=r"update of 'a' cannot be averaged: .*shape"):
+        begun(variant).take("a", 1, of_trunk(variant, 1.0), odd)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_update_that_is_too_long_is_refused_in_every_variant(begun: MakeUpdates, variant: str) -> None:
+    updates = begun(variant, aggregation={"refuse_norm": 4.0})
+    with pytest.raises(UpdateRefused, match="above refuse_norm = 4"):
+        updates.take("a", 1, of_trunk(variant, 0.0), factors(1.0, 2.0))  # √6 · 2 > 4
+    updates.take("b", 1, of_trunk(variant, 0.0), factors(1.0, 1.0))
+    assert updates.counted == {"b": 1}
+
+
+def test_a_held_update_that_is_refused_at_the_end_is_named_and_its_optimiser_goes_on_from_before(
+    begun: MakeUpdates,
+) -> None:
+    """What the trunk trained for c, whose own change is short, makes it too long; a holds that block itself."""
+    own = {"a": {"bottom_blocks": 2}, "b": {"bottom_blocks": 2}, "c": {}}
+    updates = begun("parallel", own=own, aggregation={"refuse_norm": 4.0})
+    short = {**factors(1.0, 1.0, trunk=True), **factors(1.0, 1.0)}
+    for client in "ab":
+        updates.take(client, 1, {}, short)
+    updates.take("c", 1, {}, factors(1.0, 1.0))
+    adapter, _ = updates.result(factors(1.0, 9.0, trunk=True))
+    assert same(adapter, short)
+    assert updates.refused.keys() == {"c"}
+    assert updates.counted == {"a": 1, "b": 1}
+
+
+def test_a_round_whose_held_updates_are_all_refused_leaves_what_it_started_from(begun: MakeUpdates) -> None:
+    updates = begun("parallel", own={"a": {"bottom_blocks": 2}, "c": {}}, aggregation={"refuse_norm": 4.0})
+    updates.take("c", 1, {}, factors(1.0, 1.0))
+    assert updates.result(factors(1.0, 9.0, trunk=True)) == ({**START.trunk, **START.ends}, {})
+    assert updates.refused.keys() == {"c"}
+
+
+def test_who_is_left_out_by_the_rule_is_named(begun: MakeUpdates) -> None:
+    updates = begun(aggregation={"rule": "multi-krum", "byzantine": 1})
+    for client, value in zip("abcde", (1.0, 1.0, 9.0, 1.0, 1.0), strict=True):
+        updates.take(client, 1, factors(1.0, 0.0, trunk=True), factors(1.0, value))
+    _, notes = updates.result({})
+    assert updates.left_out == ["c"]
+    assert notes.keys() == {"step_norm"}

@@ -41,6 +41,31 @@ async def test_a_run_has_ended_once_everyone_who_may_ask_has_heard_of_it() -> No
     assert watchers.has_ended
 
 
+async def test_who_hangs_up_once_it_has_read_that_the_run_is_over_has_heard_of_it() -> None:
+    rounds, watchers = a_run()
+    for client in "ab":
+        rounds.join(client, 1, 0.0)
+    for client in "ab":
+        rounds.submit(client, 1, 0.0)
+    rounds.commit(0.0)
+    for client in "ab":
+        assert client in watchers.unaware
+        watching = watchers.watch(client)
+        assert await anext(watching) == (Phase.FINISHED, 2, False)
+        await watching.aclose()  # type: ignore[attr-defined]  # of a generator
+    assert (watchers.unaware, watchers.has_ended) == ([], True)
+
+
+async def test_nobody_waits_at_the_end_for_one_that_left() -> None:
+    rounds, watchers = a_run()
+    for client in "ab":
+        rounds.join(client, 1, 0.0)
+    rounds.submit("a", 1, 0.0)
+    rounds.leave("b", 0.0, for_good=False)
+    rounds.commit(0.0)
+    assert watchers.unaware == ["a"]
+
+
 async def test_a_server_that_drains_lets_its_watchers_go() -> None:
     rounds, watchers = a_run()
     rounds.join("a", 1, 0.0)

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from splitfed.errors import ProtocolError, RoundLost, ServerUnreachable
 from splitfed.federation.variants import Staleness
 from splitfed.models import Segment, adapter_parameters, adapter_state
+from splitfed.training.joint_pace import JointPace
 from splitfed.training.together import FreeCalls, JointCalls, at_once
 from splitfed.training.trunk_slot import TrunkBackward, TrunkForward
 from splitfed.training.trunk_step import Applied, TrunkTrainer
@@ -243,11 +244,12 @@ def test_each_tensors_mean_is_over_those_that_have_it() -> None:
 # Who holds up joint steps
 
 
-def test_nobody_holds_up_a_cohort_that_has_not_made_three_steps() -> None:
-    group, _ = cohort("ab")
+def test_nobody_holds_up_a_cohort_of_which_no_three_steps_are_known_beside_the_first() -> None:
+    group, _ = cohort()
     for step in range(3):
         group.step_all(step)
-    group.forward("a", 3)
+    for slot in "ab":
+        group.forward(slot, 3)
     group.now_s += 1000
     assert group.calls.holding_up(2.0) == set()
 
@@ -263,6 +265,72 @@ def test_who_keeps_the_others_waiting_beyond_the_margin_holds_them_up() -> None:
     group.now_s += 0.1
     assert group.calls.holding_up(3.0) == {"b"}
     group.forward("b", 4)
+    assert group.calls.holding_up(3.0) == set()
+
+
+def test_a_round_goes_by_the_steps_of_rounds_before() -> None:
+    """Two rounds of two steps, of 5 s and 1 s: the second step is the third that is known."""
+    pace, held = JointPace(), []
+    for _ in range(3):
+        group, _ = cohort()
+        group.calls = JointCalls("abc", at_once(group.trunk), clock=lambda group=group: group.now_s, pace=pace)  # type: ignore[misc]
+        group.step_all(0, takes_s=5.0)
+        group.step_all(1, takes_s=1.0)
+        group.step_all(2, takes_s=1.0)
+        for slot in "ab":
+            group.forward(slot, 3)
+        group.now_s += 3.5
+        held.append(group.calls.holding_up(3.0))
+    assert held == [set(), {"c"}, {"c"}]
+
+
+def test_a_rounds_first_step_goes_by_first_steps() -> None:
+    pace = JointPace()
+    first, _ = cohort()
+    first.calls = JointCalls("abc", at_once(first.trunk), clock=lambda: first.now_s, pace=pace)
+    for slot in "ab":
+        first.forward(slot)
+    first.now_s += 4.0
+    assert first.calls.holding_up(3.0) == set()  # of no round before
+    first.step_all(0, takes_s=1.0)
+    for step in range(1, 5):
+        first.step_all(step, takes_s=0.1)
+    second, _ = cohort()
+    second.calls = JointCalls("abc", at_once(second.trunk), clock=lambda: second.now_s, pace=pace)
+    second.forward("a")
+    second.forward("b")
+    second.now_s = 15.0
+    assert second.calls.holding_up(3.0) == set()
+    second.now_s = 15.1
+    assert second.calls.holding_up(3.0) == {"c"}
+
+
+def test_half_of_a_cohort_do_not_hold_up_the_rest_one_after_the_other_either() -> None:
+    group, _ = cohort("abcde")
+    for step in range(4):
+        group.step_all(step)
+    for step, slow in ((4, "e"), (5, "d")):
+        for slot in list(group.calls.slots):
+            if slot != slow:
+                group.forward(slot, step)
+        group.now_s += 100
+        assert group.calls.holding_up(3.0) == {slow}
+        group.calls.leave(slow)
+        for call in (group.backward, group.calls.step):
+            for slot in list(group.calls.slots):
+                call(slot, step)
+    for slot in "ab":
+        group.forward(slot, 6)
+    group.now_s += 1000
+    assert group.calls.holding_up(3.0) == set()
+
+
+def test_two_wait_for_each_other() -> None:
+    group, _ = cohort("ab")
+    for step in range(4):
+        group.step_all(step)
+    group.forward("a", 4)
+    group.now_s += 1000
     assert group.calls.holding_up(3.0) == set()
 
 

@@ -99,5 +99,4 @@ class FactorAggregator(Aggregator):
         if self._optimiser is not None:
             mean = self._optimiser.step(self._base, mean)
         squares = (float((mean[key].double() - self._base[key].double()).square().sum()) for key in sorted(mean))
-        notes = {"step_norm": math.sqrt(sum(squares)), "left_out": float(len(self._clients) - len(clients))}
-        return Aggregate({**self._base, **mean}, clients, notes)
+        return Aggregate({**self._base, **mean}, clients, {"step_norm": math.sqrt(sum(squares))})

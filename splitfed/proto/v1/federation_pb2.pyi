@@ -105,10 +105,12 @@ class AdapterChunk(_message.Message):
     def __init__(self, header: _Optional[_Union[AdapterHeader, _Mapping]] = ..., tensor: _Optional[_Union[_tensor_pb2.NamedTensor, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
-    __slots__ = ("is_new",)
+    __slots__ = ("is_new", "refused")
     IS_NEW_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     is_new: bool
-    def __init__(self, is_new: _Optional[bool] = ...) -> None: ...
+    refused: str
+    def __init__(self, is_new: _Optional[bool] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ("run_id", "client", "agent_id", "for_good")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from splitfed.compress import get_codec
 from splitfed.errors import ProtocolError, RoundLost
-from splitfed.federation import Phase
+from splitfed.federation import Phase, UpdateRefused
 from splitfed.proto.v1 import federation_pb2, federation_pb2_grpc
 from splitfed.server.contribution import Contribution
 from splitfed.server.coordinator import Coordinator
@@ -56,7 +56,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         """Stream the adapters that a round starts from."""
         self._check(context, request)
         if request.round != self._coordinator.rounds.current:
-            raise RoundLost(f"Round {request.round} is over; the run is at round {self._coordinator.rounds.current}.")
+            raise RoundLost(f"Round {request.round} is not open; {self._coordinator.rounds.standing}.")
         self._coordinator.note_progress(request.client)
         header = federation_pb2.AdapterHeader(run_id=request.run_id, client=request.client, round=request.round)
         for message in adapter_messages(header, self._coordinator.start_of_round(request.client), self._codec):
@@ -66,14 +66,17 @@ class FederationService(federation_pb2_grpc.FederationServicer):
     async def SubmitAdapter(
         self, request_iterator: AsyncIterator[federation_pb2.AdapterChunk], context: Any
     ) -> federation_pb2.SubmitReply:
-        """Take a client's update."""
+        """Take a client's update, or say why the round goes on without it."""
         header, state = await self._receive(request_iterator, context)
         contribution = Contribution(
             tokens=header.tokens,
             training_loss=_finite(header.training_loss) if header.HasField("training_loss") else None,
             held_out_loss=_finite(header.held_out_loss) if header.HasField("held_out_loss") else None,
         )
-        is_new = await self._coordinator.submit(header.client, header.round, state, contribution)
+        try:
+            is_new = await self._coordinator.submit(header.client, header.round, state, contribution)
+        except UpdateRefused as error:
+            return federation_pb2.SubmitReply(refused=str(error))
         return federation_pb2.SubmitReply(is_new=is_new)
 
     async def MeanGradient(
