@@ -2,22 +2,19 @@
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from splitfed.config import DataSection, PrivacySection, ServerConfig
-from splitfed.errors import ConfigError, DataError, WeightsError
-from splitfed.models import Partition, adapter_shapes, load_shell, partition, resolve_base
+from splitfed.errors import ConfigError, DataError
+from splitfed.models import Partition, adapter_shapes, partition, resolve_base
 from splitfed.privacy.leakage import Texts
+from splitfed.study.whole_model import open_whole_model
 from splitfed.training.data import Example, ExampleSet, collate, load_examples
 from splitfed.training.objective import IGNORED_LABEL
 from splitfed.training.protection import Workload, settle_clip, settle_noise
@@ -120,7 +117,7 @@ def open_setting(config: ServerConfig, *, public: DataSection, private: DataSect
         ConfigError: If the run's adapter or privacy settings do not go together.
     """
     folder = resolve_base(config.model.base, config.model.revision)
-    model, tokenizer = _open_model(folder), open_tokenizer(folder)
+    model, tokenizer = open_whole_model(folder), open_tokenizer(folder)
     cut = config.model
     parts = partition(model, bottom_blocks=cut.bottom_blocks, top_blocks=cut.top_blocks)
     lora = lora_settings(config.lora)
@@ -187,31 +184,3 @@ def _read(
             f"{least} or more there; give more rows"
         )
     return found
-
-
-def _open_model(folder: Path) -> PreTrainedModel:
-    load_shell(folder)  # says in one sentence what is wrong with the configuration
-    try:
-        with _without_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise WeightsError(f"The weights in {folder} cannot be read ({reason}); fetch the base model again.") from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise WeightsError(f"The checkpoint in {folder} has nothing for {missing[0]!r}; fetch it again.")
-    whole: PreTrainedModel = model.eval().requires_grad_(False)
-    return whole
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if had_bars:
-            transformers_logging.enable_progress_bar()

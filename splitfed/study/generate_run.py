@@ -3,21 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from splitfed.config import DataSection, ServerConfig, load_server_config
-from splitfed.errors import ConfigError, RunDirectoryError
+from splitfed.config import DataSection, ServerConfig
+from splitfed.errors import ConfigError
 from splitfed.models import (
     Segment,
     add_adapter,
     load_adapter_state,
     load_bottom_and_top,
     load_trunk,
-    resolve_base,
     settings_of,
 )
+from splitfed.study.run_folder import open_run
 from splitfed.training.decoding import Decoding, generate
 from splitfed.training.generation import InProcessGenerationLink, TrunkSequence
 from splitfed.training.link import link_codecs
@@ -26,8 +24,6 @@ from splitfed.training.runtime import prepare_process
 from splitfed.training.setup import DTYPES, lora_settings
 from splitfed.training.text_pieces import TextPieces
 from splitfed.training.tokenizer import open_tokenizer
-
-_PREFIX = "base_model.model."
 
 
 def generate_from_run(directory: Path, wanted: Wanted, *, write: Callable[[str], object]) -> list[list[int]]:
@@ -49,9 +45,10 @@ def generate_from_run(directory: Path, wanted: Wanted, *, write: Callable[[str],
         DataError: If a prompt cannot be read.
         WeightsError: If the base model cannot be loaded.
     """
-    config = _config(directory)
+    run = open_run(directory)
+    config = run.config
     prepare_process(config.server.threads)
-    folder, cut = resolve_base(config.model.base, config.model.revision), config.model
+    folder, cut = run.base_folder(), config.model
     tokenizer = open_tokenizer(folder)
     prompts = PromptReader(DataSection(path="none"), tokenizer, lambda content: "not charged").of(wanted)
     blocks = {"bottom_blocks": cut.bottom_blocks, "top_blocks": cut.top_blocks}
@@ -60,7 +57,7 @@ def generate_from_run(directory: Path, wanted: Wanted, *, write: Callable[[str],
         prompts, wanted.max_tokens or config.training.max_tokens, positions=positions_of(bottom.config)
     )
     trunk = load_trunk(folder, **blocks, dtype=DTYPES[cut.dtype])
-    adapter = _adapter(directory)
+    adapter = run.adapter()
     for segment in (bottom, trunk, top):
         _adapt(segment, config, adapter)
     decoding = Decoding(temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed)
@@ -79,23 +76,6 @@ def generate_from_run(directory: Path, wanted: Wanted, *, write: Callable[[str],
         )
         for prompt in prompts
     ]
-
-
-def _config(directory: Path) -> ServerConfig:
-    file = directory / "run.toml"
-    if not file.is_file():
-        raise RunDirectoryError(f"{directory} holds no run (there is no run.toml); give the directory of one.")
-    return load_server_config(file)
-
-
-def _adapter(directory: Path) -> dict[str, Tensor]:
-    file = directory / "adapter" / "adapter_model.safetensors"
-    if not file.is_file():
-        raise RunDirectoryError(f"{directory} holds no adapter yet; generate once the run's first round is over.")
-    try:
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise RunDirectoryError(f"{file} cannot be read ({error}); start the run's server with --resume.") from error
 
 
 def _adapt(segment: Segment, config: ServerConfig, adapter: dict[str, Tensor]) -> None:

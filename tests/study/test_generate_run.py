@@ -20,11 +20,12 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 
 def test_a_run_without_a_whole_round_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(to_toml(server_config(tmp_path)))
-    with pytest.raises(RunDirectoryError, match="holds no adapter yet; generate once the run's first round is over"):
+    with pytest.raises(RunDirectoryError, match="holds no adapter yet; come back once the run's first round is over"):
         generate(tmp_path)
 
 
 def test_a_prompt_that_leaves_no_room_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(to_toml(server_config(tmp_path)))
+    (tmp_path / "checkpoints" / "round-0001").mkdir(parents=True)
     with pytest.raises(ConfigError, match="leaves no room for text in 2"):
         generate(tmp_path, max_tokens=2)
