@@ -60,6 +60,12 @@ class BaseFolder:
                 self._identities[name] = self._checkpoint.identity(name)
             return self._identities[name]
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the tensors that agents have compared, by name."""
+        with self._lock:
+            return {name: identity.sha256 for name, identity in self._identities.items()}
+
     def check(self, config_sha256: str, tensors: dict[str, TensorIdentity]) -> None:
         """Compare an agent's fingerprint with this one, over the tensors that both sides hold.
 

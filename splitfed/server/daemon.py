@@ -221,3 +221,4 @@ class Daemon:
         )
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
+        self._store.write_base(self._base.hashes)

@@ -21,7 +21,8 @@ _METRICS = "metrics.jsonl"
 _ADDRESS = "address"
 _CONFIG = "run.toml"
 _LOCK = "lock"
-_OURS = (_IDENTITY, _METRICS, _ADDRESS, _CONFIG, "checkpoints", "adapters", "adapter", "report.html")
+_BASE = "base.json"
+_OURS = (_IDENTITY, _METRICS, _ADDRESS, _CONFIG, _BASE, "checkpoints", "adapters", "adapter", "report.html")
 _KEPT_CHECKPOINTS = 2
 
 
@@ -169,6 +170,10 @@ class RunStore:
     def write_config(self, config: ServerConfig) -> None:
         """Keep the configuration beside what came of it."""
         _write_durably(self.directory / _CONFIG, to_toml(config))
+
+    def write_base(self, tensors: Mapping[str, str]) -> None:
+        """Keep the hashes of the base model's tensors, as far as known, so that its adapter is put on no other model."""
+        _write_durably(self.directory / _BASE, json.dumps(tensors, indent=1, sort_keys=True))
 
     def publish(self, round: int) -> None:
         """Make a round's exported adapter the run's."""
