@@ -195,6 +195,7 @@ def split(cell: Cell, shards: Mapping[str, list[Example]]) -> tuple[Simulation, 
     cuts = CUTS if has_cuts else (CUT,)
     made = {cut: partition(model, bottom_blocks=cut[0], top_blocks=cut[1]) for cut in cuts}
     parts: dict[str, Partition] = {agent: made[cuts[place % len(cuts)]] for place, agent in enumerate(agents)}
+    seconds = {agent: 1 + (SLOWEST - 1) * place / (len(agents) - 1) for place, agent in enumerate(agents)}
     run = simulate(
         parts,
         AutoTokenizer.from_pretrained(BASE),
@@ -206,7 +207,7 @@ def split(cell: Cell, shards: Mapping[str, list[Example]]) -> tuple[Simulation, 
         aggregation=AggregationSection.model_validate({"lora": cell.rule}),
         trunk=partition(model, bottom_blocks=0, top_blocks=0).trunk if has_cuts else None,
         ranks=ranks,
-        seconds={agent: 1 + (SLOWEST - 1) * place / (len(agents) - 1) for place, agent in enumerate(agents)},
+        seconds=seconds if SPLIT[cell.method].get("variant") == "async" else None,
         seed=cell.seed,
     )
     exchanges = TRAINING.local_steps if SPLIT[cell.method].get("merge_ends") == "step" else 0

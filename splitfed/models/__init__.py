@@ -6,6 +6,7 @@ from splitfed.models.adapters import (
     add_adapter,
     initial_adapter,
     load_adapter_state,
+    remove_adapter,
 )
 from splitfed.models.base import resolve_base
 from splitfed.models.checkpoint import Checkpoint, TensorIdentity
@@ -45,6 +46,7 @@ __all__ = [
     "load_shell",
     "load_trunk",
     "partition",
+    "remove_adapter",
     "residual_parameters",
     "resolve_base",
     "segment_tensor_names",

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,6 +54,19 @@ def add_adapter(segment: Segment, lora: LoraSettings, *, seed: int, residual_ran
     for key, parameter in adapter_parameters(segment).items():
         parameter.data = initial_factor(key, parameter.shape, seed=seed)  # float32, whatever the base's dtype
         parameter.requires_grad_(True)
+
+
+def remove_adapter(segment: Segment) -> None:
+    """Take a segment's adapters off, in place, the frozen one as well; its base stays frozen.
+
+    Args:
+        segment: A segment with or without an adapter.
+    """
+    adapted = {name: layer for name, layer in segment.model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, layer in adapted.items():
+        parent, _, child = name.rpartition(".")
+        setattr(segment.model.get_submodule(parent), child, layer.get_base_layer())
+    segment.model.__dict__.pop("peft_config", None)
 
 
 def adapter_parameters(segment: Segment) -> dict[str, nn.Parameter]:

@@ -94,6 +94,16 @@ class SimulatedClient:
         self.trainer.begin_round(start)
         return start
 
+    def go_back(self, start: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Undo a round whose update is not counted.
+
+        Args:
+            start: What `begin_round` gave.
+            moments: What its optimiser knew then.
+        """
+        self.trainer.load_adapter_state(start)
+        self.trainer.optimiser.load(moments)
+
     def round_work(
         self, calls: TrunkCalls, codecs: LinkCodecs, training: TrainingSection, *, seed: int, round: int
     ) -> Work[list[float]]:
@@ -116,7 +126,7 @@ class SimulatedClient:
             round: The round, from 1.
         """
         after = self.trainer.adapter_state()
-        trained = [name for name in self.shared_names if factor_of(name) in factors]
+        trained = [name for name in sorted(self.shared_names) if factor_of(name) in factors]
         return self.trainer.releases.adapter_update(
             {name: start[name] for name in trained}, {name: after[name] for name in trained}, round=round
         )
