@@ -161,3 +161,19 @@ async def test_a_method_that_nobody_serves_is_said_to_be_so() -> None:
         with pytest.raises(aio.AioRpcError) as failed:
             await channel.unary_unary("/test/nothing")(b"", timeout=20)
     assert failed.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "said"),
+    [
+        (RoundLost("Round 2 is over."), "INFO", "an agent was told to come back: Round 2 is over."),
+        (ServerUnreachable("It is shutting down."), "INFO", "an agent was told to come back: It is shutting down."),
+        (ProtocolError("It holds a NaN."), "WARNING", "an agent was refused: It holds a NaN."),
+    ],
+)
+async def test_lateness_is_no_warning_and_no_line_names_a_call(
+    caplog: pytest.LogCaptureFixture, error: SplitFedError, level: str, said: str
+) -> None:
+    with caplog.at_level("INFO", "splitfed"):
+        await failure(raising(error), "unary_unary")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [(level, said)]

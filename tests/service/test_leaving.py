@@ -202,6 +202,7 @@ def test_an_agent_that_is_asked_to_stop_leaves_at_once_and_comes_back(tmp_path: 
         daemons.start_agent("a", server.address, tables)
         daemons.wait_for_log("a", "round 1 of 2, step 6")
         assert daemons.kill("a", signal.SIGTERM) == 0
+        assert "stopped by SIGTERM: the open round goes on without this agent" in daemons.log("a").splitlines()[-1]
         assert rounds.joined == 0
         daemons.start_agent("a", server.address, tables)
         assert daemons.wait("a") == 0
