@@ -3,10 +3,10 @@
 from splitfed.cli.application import app
 from splitfed.cli.daemons import agent, demo, server
 from splitfed.cli.privacy import audit, ledger
-from splitfed.cli.results import generate
+from splitfed.cli.results import evaluate, export, generate
 from splitfed.cli.study import profile
 
-for command in (server, agent, demo, generate, profile, audit, ledger):
+for command in (server, agent, demo, evaluate, generate, export, profile, audit, ledger):
     app.command()(command)
 
 __all__ = ["app"]

@@ -8,8 +8,16 @@ from typing import Annotated
 import typer
 
 from splitfed.cli.daemons import Insecure
-from splitfed.cli.output import log_to_stderr, writing_to_stdout
-from splitfed.errors import ConfigError
+from splitfed.cli.output import log_to_stderr, print_table, writing_to_stdout
+from splitfed.errors import ConfigError, DataError
+
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The server's run directory.")]
+Base = Annotated[
+    str | None, typer.Option("--base", metavar="BASE", help="Where the base model is; left out = as the run says.")
+]
+Round = Annotated[
+    int | None, typer.Option("--round", metavar="N", help="The round whose adapter is used; left out = the last.")
+]
 
 
 def generate(
@@ -65,6 +73,123 @@ def generate(
         from splitfed.agent.generate import run_generate
 
         run_generate(settings, wanted, write=_write, insecure=insecure)
+
+
+def evaluate(
+    run_directory: RunDirectory,
+    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text to measure on, never trained on.")],
+    base: Base = None,
+    round: Round = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Rows to read at most.")] = None,
+    writes_texts: Annotated[
+        bool, typer.Option("--generate", help="Write completions, too, and compare them with those of the file.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", help="Most tokens of prompt and text together; left out = those of training."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    text_column: Annotated[str, typer.Option("--text-column", help="Column of plain text.")] = "text",
+    prompt_column: Annotated[str, typer.Option("--prompt-column", help="Column of prompts.")] = "prompt",
+    completion_column: Annotated[
+        str, typer.Option("--completion-column", help="Column of completions.")
+    ] = "completion",
+    messages_column: Annotated[str, typer.Option("--messages-column", help="Column of conversations.")] = "messages",
+) -> None:
+    """Measure what a run has changed: loss, perplexity, texts."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit is {limit}; give 1 or more")
+    if max_tokens is not None and not writes_texts:
+        raise ConfigError("--max-tokens says how long texts become; give --generate, too, or leave it out")
+    if max_tokens is not None and max_tokens < 2:
+        raise ConfigError(f"--max-tokens is {max_tokens}; give 2 or more, prompt included")
+    if not data.is_file():
+        raise ConfigError(f"{data}: no such file; give --data the path of one")
+    from splitfed.study.command_line import Columns, in_words_of_options, stages_on_stderr
+    from splitfed.study.evaluate import evaluate_run
+    from splitfed.study.run_folder import open_run
+    from splitfed.training.runtime import prepare_process
+
+    run = open_run(run_directory, round=round)
+    section = Columns(text_column, prompt_column, completion_column, messages_column).section(data)
+    prepare_process(run.config.server.threads)
+    try:
+        with stages_on_stderr() as on_stage:
+            found = evaluate_run(
+                run,
+                section.model_copy(update={"max_rows": limit}),
+                base=base,
+                writes_texts=writes_texts,
+                max_tokens=max_tokens,
+                on_stage=on_stage,
+            )
+    except DataError as error:
+        raise in_words_of_options(str(error)) from error
+    if as_json:
+        with writing_to_stdout():
+            typer.echo(found.as_json())
+        return
+    print_table(*found.table(), found.summary())
+
+
+def export(
+    run_directory: RunDirectory,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write: a new or an empty one.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a whole checkpoint: the base model with the adapter in its weights.")
+    ] = False,
+    base: Base = None,
+    round: Round = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", help="Numbers of a merged checkpoint: float32, bfloat16 or float16; left out = the run's."
+        ),
+    ] = None,
+) -> None:
+    """Write a run's adapter, or a merged checkpoint, for use elsewhere."""
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype is {dtype}; give float32, bfloat16 or float16")
+    from splitfed.study.command_line import stages_on_stderr
+    from splitfed.study.export import export_run
+    from splitfed.study.run_folder import open_run
+
+    run = open_run(run_directory, round=round)
+    with stages_on_stderr() as on_stage:
+        export_run(run, output, merge=merge, base=base, dtype=dtype, on_stage=on_stage)
+    with writing_to_stdout():
+        typer.echo(
+            f"{output}: {'merged checkpoint' if merge else 'adapter'} of round {run.round} of {run.config.run_id}"
+        )
+
+
+def report(
+    run_directory: RunDirectory,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Left out = report.html in the run directory.")
+    ] = None,
+    agents: Annotated[
+        list[str] | None,
+        typer.Option("--agent", metavar="NAME=FOLDER", help="State directory of an agent whose figures may be shown."),
+    ] = None,
+    audit: Annotated[
+        Path | None, typer.Option("--audit", metavar="FOLDER", help="What `splitfed audit --output` has written.")
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Heading; left out = the run's name.")] = None,
+) -> None:
+    """Write one page about a finished or running run."""
+    folders = {}
+    for agent in agents or []:
+        name, separator, folder = agent.partition("=")
+        if not (name and separator and folder):
+            raise ConfigError(f"--agent is {agent}; give a name and a state directory, such as clinic=state/clinic")
+        folders[name] = Path(folder)
+    from splitfed.study.report import write_report
+
+    page = output or run_directory / "report.html"
+    write_report(run_directory, page, agent_directories=folders, audit_folder=audit, title=title)
+    with writing_to_stdout():
+        typer.echo(str(page))
 
 
 def _write(text: str) -> None:
