@@ -78,12 +78,12 @@ class LoraSection(Section):
         rank = info.data.get("rank")
         if value is not None and rank is not None and value > rank:
             raise ValueError(f"is {value}, more than rank = {rank}; lower it, or leave it out")
-        return value
+        return None if value == rank else value  # one rank for all is what leaving it out says
 
     @property
     def has_unlike_ranks(self) -> bool:
-        """Agents may choose among more ranks than one."""
-        return self.least_rank is not None and self.least_rank < self.rank
+        """Agents may choose among more ranks than one; an agent's own copy of the section, at its rank, says so too."""
+        return self.least_rank is not None
 
 
 class TrainingSection(Section):

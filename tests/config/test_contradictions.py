@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from splitfed.config import ServerConfig, load_server_config
+from splitfed.config import LoraSection, ServerConfig, load_server_config
 from splitfed.errors import ConfigError
 
 BASE = '[run]\ndirectory = "run"\n[model]\nbase = "demo"\n'
@@ -108,5 +108,6 @@ def test_equal_ranks_are_alike(load: Callable[[str], ServerConfig]) -> None:
     alike = "[lora]\nrank = 8\nleast_rank = 8\n[federation]\n"
     config = load(f'{alike}agents = 3\nquorum = 3\n[aggregation]\nrule = "median"')
     assert config.shared().rule.lora == "factors"
+    assert config.lora == LoraSection(rank=8)
     assert load("[lora]\nrank = 8\nleast_rank = 7").shared().rule.lora == "flexlora"
     assert load(alike + STEP).federation.merge_ends == "step"

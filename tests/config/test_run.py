@@ -27,3 +27,9 @@ def test_another_rank_is_refused_in_the_words_of_the_agents_file(
     said = rf"^\[agent\] rank is {rank}, but the run 'small' has {has}; set it accordingly, or leave it out\.$"
     with pytest.raises(JoinRefused, match=said):
         run_of_ranks(least, most).check_rank(rank)
+
+
+def test_a_run_at_an_agents_own_rank_keeps_the_rule_of_the_run() -> None:
+    run = run_of_ranks(2, 4)
+    own = run.model_copy(update={"lora": run.lora.model_copy(update={"rank": 2})})
+    assert own.rule.lora == run.rule.lora == "flexlora"
