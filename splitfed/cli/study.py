@@ -1,11 +1,11 @@
-"""The commands that plan: what a device can do, and where to cut."""
+"""The commands that plan: what a device can do, where to cut, and what a grid of runs comes to."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from splitfed.cli.output import writing_to_stdout
+from splitfed.cli.output import print_table, writing_to_stdout
 from splitfed.errors import ConfigError, OutputError
 
 
@@ -60,3 +60,23 @@ def profile(
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{output}: cannot be written ({error.strerror}); give another file.") from error
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", readable=False, help="The sweep, a TOML file.")],
+    processes: Annotated[
+        int, typer.Option("--processes", metavar="N", help="Processes that make runs, each with one thread.")
+    ] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Make runs again that failed.")] = False,
+) -> None:
+    """Make a grid of runs in this process, a row of a CSV file for each."""
+    from splitfed.config.sweep import load_sweep_config
+
+    if processes < 1:
+        raise ConfigError(f"--processes is {processes}; give 1 or more")
+    config = load_sweep_config(file)
+    from splitfed.study.sweep import summary
+    from splitfed.study.sweep.command import sweep_at_terminal
+
+    rows = sweep_at_terminal(config, processes=processes, retry_failed=retry_failed)
+    print_table(*summary(rows))

@@ -1,0 +1,76 @@
+"""A sweep in a few lines: means over seeds, and how far apart seeds are."""
+
+import statistics
+from collections.abc import Sequence
+
+from splitfed.config.sweep_axes import text_of
+from splitfed.study.sweep.table import FIGURES, Row
+
+_HEADINGS = (
+    "runs",
+    "held-out loss",
+    "perplexity",
+    "epsilon",
+    "up, down kB a round",
+    "adapter kB a round",
+    "trained on agent",
+    "seconds",
+)
+_KB = 1e3
+
+
+def summary(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Put rows together that differ in their seed alone: means, and sample standard deviations.
+
+    Args:
+        rows: Rows of one sweep.
+
+    Returns:
+        Headings, lines, and sentences to say below.
+    """
+    axes = [name for name in (rows[0] if rows else {}) if name not in {"cell", "sweep", "seed", *FIGURES}]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple("" if row[axis] is None else text_of(row[axis]) for axis in axes), []).append(row)
+    lines = [[*at, *_figures([row for row in group if row["error"] is None], group)] for at, group in groups.items()]
+    failed = [row for row in rows if row["error"] is not None]
+    sentences = []
+    if failed:
+        runs = f"{len(failed)} of {len(rows)} runs failed" if len(failed) > 1 else f"1 of {len(rows)} runs failed"
+        sentences.append(
+            f"{runs}; the column error says why, and --retry-failed makes them again: {failed[0]['error']}"
+        )
+    if any(row["epsilon"] is not None for row in rows):
+        stated = next(row for row in rows if row["epsilon"] is not None)
+        sentences.append(
+            f"epsilon is that of the record that is worst off, for a sequence, at delta {stated['delta']:g}, relation "
+            f"{stated['relation']}."
+        )
+    return [*axes, *_HEADINGS], lines, sentences
+
+
+def _figures(rows: Sequence[Row], group: Sequence[Row]) -> list[str]:
+    runs = str(len(rows)) if len(rows) == len(group) else f"{len(rows)} of {len(group)}"
+    if not rows:
+        return [runs, *[""] * (len(_HEADINGS) - 1)]
+
+    def mean(*columns: str) -> float:
+        return statistics.mean(sum(row[column] for column in columns) for row in rows)
+
+    spent = [row["epsilon"] for row in rows if row["epsilon"] is not None]
+    up_kb, down_kb = (mean(f"activation_{way}_bytes") / _KB for way in ("up", "down"))
+    return [
+        runs,
+        _spread([row["held_out_loss"] for row in rows], 4),
+        _spread([row["perplexity"] for row in rows], 3),
+        f"{max(spent):.4g}" if spent else "",
+        f"{up_kb:.0f}, {down_kb:.0f}",
+        f"{mean('adapter_up_bytes', 'adapter_down_bytes') / _KB:.0f}",
+        f"{mean('trainable_parameters'):.0f}",
+        f"{mean('seconds'):.1f}",
+    ]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
