@@ -4,9 +4,9 @@ from splitfed.cli.application import app
 from splitfed.cli.daemons import agent, demo, server
 from splitfed.cli.privacy import audit, ledger
 from splitfed.cli.results import evaluate, export, generate
-from splitfed.cli.study import profile
+from splitfed.cli.study import profile, sweep
 
-for command in (server, agent, demo, evaluate, generate, export, profile, audit, ledger):
+for command in (server, agent, demo, evaluate, generate, export, profile, sweep, audit, ledger):
     app.command()(command)
 
 __all__ = ["app"]
