@@ -14,6 +14,7 @@ from splitfed.models import (
     load_adapter_state,
     load_residual,
     partition,
+    remove_adapter,
     residual_parameters,
 )
 from splitfed.training.optimiser import StepOptimiser
@@ -57,6 +58,20 @@ def test_the_adapter_is_the_same_with_a_residual_under_it() -> None:
     alone, over = adapter_state(trunk_with(residual_rank=0)), adapter_state(trunk_with())
     assert alone.keys() == over.keys()
     assert all(torch.equal(alone[key], over[key]) for key in alone)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_trunk_whose_adapters_are_taken_off_is_as_it_was_and_takes_another(family: str) -> None:
+    trunk = trunk_with(family=family)
+    load_residual(trunk, some_residual(trunk))
+    hidden_BTD = torch.randn(2, 5, 32)
+    bare = partition(tiny_model(family), bottom_blocks=1, top_blocks=1).trunk
+    remove_adapter(trunk)
+    assert torch.equal(trunk(hidden_BTD), bare(hidden_BTD))
+    assert adapter_state(trunk) == residual_parameters(trunk) == {}
+    assert [name for name, _ in trunk.named_parameters()] == [name for name, _ in bare.named_parameters()]
+    add_adapter(trunk, replace(LORA, rank=2), seed=0)
+    assert {tensor.shape[0] for key, tensor in adapter_state(trunk).items() if "lora_A" in key} == {2}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
