@@ -1,16 +1,15 @@
 """A device profile: what a device can compute and hold, and how it is connected, as a TOML file."""
 
 import math
-import tomllib
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from splitfed.config.explain import explain
 from splitfed.config.quantities import parse_rate, parse_time
 from splitfed.config.section import Section
+from splitfed.config.toml_file import read_toml
 from splitfed.errors import ConfigError
 
 MatmulDtype = Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
@@ -161,21 +160,7 @@ def load_profile(path: Path | str) -> DeviceProfile:
     Raises:
         ConfigError: If the file cannot be read, is not TOML, or has a key or a figure that is not allowed.
     """
-    path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; make a profile with splitfed profile --output {path}") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a readable device profile") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (at byte {error.start}); save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}; correct it there") from error
-    try:
-        return DeviceProfile.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, DeviceProfile)}") from error
+    return read_toml(path, DeviceProfile, if_missing=f"make a profile with splitfed profile --output {path}")
 
 
 def parse_link(text: str) -> LinkSection:

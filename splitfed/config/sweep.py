@@ -1,20 +1,18 @@
 """The file of a sweep: what all of its runs have in common, and the grid of what they differ in."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from splitfed.config.agent import DataSection
 from splitfed.config.aggregation import AggregationSection
-from splitfed.config.explain import explain
 from splitfed.config.federation import FederationSection
 from splitfed.config.privacy import PrivacySection
 from splitfed.config.run import CodecSection, LoraSection, ModelSection, TrainingSection
 from splitfed.config.section import LocalPath, Section
 from splitfed.config.sweep_axes import checked_axes
-from splitfed.errors import ConfigError
+from splitfed.config.toml_file import read_toml
 
 _ALIKE = "agents of a sweep are alike"
 _PRESENT = "in one process nobody is late or goes"
@@ -107,18 +105,4 @@ def load_sweep_config(path: Path | str) -> SweepConfig:
     Raises:
         ConfigError: If the file cannot be read, is not TOML, or has a key, an axis or a value that is not allowed.
     """
-    path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; give the path of a sweep's TOML file") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a readable TOML file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text (at byte {error.start}); save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}; correct it there") from error
-    try:
-        return SweepConfig.model_validate(content, context={"folder": path.resolve().parent})
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, SweepConfig)}") from error
+    return read_toml(path, SweepConfig, if_missing="give the path of a sweep's TOML file")
