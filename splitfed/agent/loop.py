@@ -196,6 +196,7 @@ class Agent:
             "adapter_bytes_up": adapter_traffic.sent_bytes,
             "adapter_bytes_down": adapter_traffic.received_bytes,
             "seconds": self._clock() - started_s,
+            "waiting_seconds": traffic.waited_s + adapter_traffic.waited_s,
         }
         if refused is not None:
             line["refused"] = refused
@@ -208,7 +209,10 @@ class Agent:
         """Put the adapters at the round's beginning and the optimiser after this agent's last; give those adapters."""
         trainer = prepared.trainer
         codec, shapes = get_codec(prepared.run.codecs.adapter), prepared.shapes
-        start = self._persistently(lambda: calls.fetch_adapter(prepared.run_id, opened.round, shapes, codec, traffic))
+        with traffic.waiting():
+            start = self._persistently(
+                lambda: calls.fetch_adapter(prepared.run_id, opened.round, shapes, codec, traffic)
+            )
         state = self._state.optimiser_after(prepared.run_key, opened.last_counted)
         if state is None:
             _log.warning("the optimiser's state after round %d is not here; it starts afresh", opened.last_counted)
@@ -269,7 +273,10 @@ class Agent:
         report = RoundReport(local.sent_tokens, local.loss if shares else None, held_out_loss if shares else None)
         state = prepared.update(start, round)
         codec = get_codec(prepared.run.codecs.adapter)
-        return self._persistently(lambda: calls.submit_adapter(prepared.run_id, round, state, codec, report, traffic))
+        with traffic.waiting():
+            return self._persistently(
+                lambda: calls.submit_adapter(prepared.run_id, round, state, codec, report, traffic)
+            )
 
     def _persistently(self, call: Callable[[], R]) -> R:
         """Make a call that may be made twice until it is answered: a lost answer must not cost a round."""

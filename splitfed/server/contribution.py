@@ -18,6 +18,7 @@ class Contribution:
         held_out_loss: Held-out loss, if the agent's owner shares it.
         bytes_up: Bytes that came from this agent in this round.
         bytes_down: Bytes that went to it.
+        server_seconds: Seconds in which a request of this agent was in hand, others that it waited for included.
     """
 
     tokens: int = 0
@@ -25,6 +26,7 @@ class Contribution:
     held_out_loss: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
+    server_seconds: float = 0.0
 
 
 def metrics_line(
@@ -62,6 +64,7 @@ def metrics_line(
                 "tokens": contribution.tokens,
                 "bytes_up": contribution.bytes_up,
                 "bytes_down": contribution.bytes_down,
+                "server_seconds": round(contribution.server_seconds, 3),
                 "training_loss": contribution.training_loss,
                 "held_out_loss": contribution.held_out_loss,
             }

@@ -255,6 +255,10 @@ class Coordinator:
         self.wire_bytes[client, "up"] += up
         self.wire_bytes[client, "down"] += down
 
+    def count_seconds(self, client: str, seconds: float) -> None:
+        """Add to the time in which requests of a client were in hand in this round."""
+        self._contributions.setdefault(client, Contribution()).server_seconds += seconds
+
     def note_progress(self, client: str) -> None:
         """Note that a member is at work outside its training stream."""
         self.rounds.progress(client, self._clock())
@@ -406,7 +410,12 @@ class Coordinator:
         self._trunk_round.keep(client, taken)
         self.rounds.submit(client, round, self._clock())
         counted = self._contributions.setdefault(client, Contribution())
-        self._contributions[client] = replace(contribution, bytes_up=counted.bytes_up, bytes_down=counted.bytes_down)
+        self._contributions[client] = replace(
+            contribution,
+            bytes_up=counted.bytes_up,
+            bytes_down=counted.bytes_down,
+            server_seconds=counted.server_seconds,
+        )
         if round < self.rounds.current:
             _log.info("round %d: %s submitted late, for round %d", self.rounds.current, client, round)
         else:

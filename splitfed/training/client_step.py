@@ -182,7 +182,7 @@ class ClientTrainer:
 
     def step(self, link: Link, examples: Sequence[Example | None], *, round: int, step: int) -> StepResult:
         """Run one local step over a link; the arguments are those of `step_work`."""
-        return done(self.step_work(link, examples, round=round, step=step))
+        return done(self.step_work(link, examples, round=round, step=step), waiting=link.traffic.waiting)
 
     def step_work(self, link: Link, examples: Sequence[Example | None], *, round: int, step: int) -> Work[StepResult]:
         """Run one local step over a link, and stop where an answer is needed.

@@ -81,7 +81,9 @@ def evaluate(
         smashed_BTD = releases.smashed(bottom(batch.input_ids_BT), records=batch.records, round=round, place=place)
         with refusing_what_is_not_finite("smashed data", round, place):
             output = link.forward(place, smashed_BTD)
-        output_BTD = bounded_reply(output.result())
+        with link.traffic.waiting():
+            answer_BTD = output.result()
+        output_BTD = bounded_reply(answer_BTD)
         total += loss(top(output_BTD).logits, batch.labels_BT, 1.0).item()
         tokens += count_label_tokens(batch.labels_BT)
         if other_top is not None:

@@ -3,8 +3,10 @@
 Two implementations pass one contract: `InProcessLink` here, and the gRPC link of `splitfed.transport`.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol, TypeVar
@@ -40,15 +42,26 @@ class Place:
 
 @dataclass
 class Traffic:
-    """Bytes that crossed the link, framing included, as the agent counts them.
+    """What crossed the link, framing included, and how long it was waited for, as the agent counts it.
 
     Attributes:
         sent_bytes: From agent to server.
         received_bytes: From server to agent.
+        waited_s: Seconds in which the agent did nothing but wait for an answer.
     """
 
     sent_bytes: int = 0
     received_bytes: int = 0
+    waited_s: float = field(default=0.0, compare=False)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in which there is nothing to do but wait."""
+        since_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - since_s
 
 
 class Link(Protocol):

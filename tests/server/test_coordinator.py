@@ -229,17 +229,20 @@ async def test_a_round_leaves_a_checkpoint_an_adapter_and_a_line(run: Run) -> No
     await run.train("a")
     await run.train("b")
     run.coordinator.count_bytes("a", up=100, down=50)
+    for seconds in (0.5, 1.25):
+        run.coordinator.count_seconds("a", seconds)
     run.now_s = 4.0
     await run.submit("a", tokens=64, training_loss=2.5)
     await run.submit("b", tokens=32)
     (line,) = run.metrics()
-    nothing_told = {"training_loss": None, "held_out_loss": None}
+    nothing_told = {"training_loss": None, "held_out_loss": None, "server_seconds": 0.0}
+    of_a = nothing_told | {"training_loss": 2.5, "server_seconds": 1.75}
     assert line == {
         "round": 1,
         "rounds": 2,
         "seconds": 4.0,
         "agents": {
-            "a": {"weight": 3, "tokens": 64, "bytes_up": 100, "bytes_down": 50, **nothing_told, "training_loss": 2.5},
+            "a": {"weight": 3, "tokens": 64, "bytes_up": 100, "bytes_down": 50, **of_a},
             "b": {"weight": 1, "tokens": 32, "bytes_up": 0, "bytes_down": 0, **nothing_told},
         },
         "adapter": "adapters/round-0001",

@@ -1,6 +1,7 @@
 """The split itself, over a stream for each agent and round."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -37,7 +38,10 @@ class TrainingService(training_pb2_grpc.TrainingServicer):
                 if isinstance(operation, SplitFedError):
                     raise operation
                 # The operation ends even if the stream does: its answer is then there for the next stream.
-                for reply in await asyncio.shield(session.answer(operation)):
+                since_s = time.perf_counter()
+                replies = await asyncio.shield(session.answer(operation))
+                self._coordinator.count_seconds(session.client, time.perf_counter() - since_s)
+                for reply in replies:
                     self._coordinator.count_bytes(session.client, down=reply.ByteSize() + FRAMING_BYTES)
                     yield reply
                 if self._coordinator.is_draining:
