@@ -52,7 +52,9 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"splitfed {splitfed.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["server", "agent", "demo", "sweep", "ledger", "audit"])
+@pytest.mark.parametrize(
+    "command", ["server", "agent", "demo", "sweep", "ledger", "audit", "evaluate", "export", "report"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

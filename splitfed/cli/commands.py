@@ -3,10 +3,10 @@
 from splitfed.cli.application import app
 from splitfed.cli.daemons import agent, demo, server
 from splitfed.cli.privacy import audit, ledger
-from splitfed.cli.results import evaluate, export, generate
+from splitfed.cli.results import evaluate, export, generate, report
 from splitfed.cli.study import profile, sweep
 
-for command in (server, agent, demo, evaluate, generate, export, profile, sweep, audit, ledger):
+for command in (server, agent, demo, evaluate, generate, export, report, profile, sweep, audit, ledger):
     app.command()(command)
 
 __all__ = ["app"]

@@ -1,5 +1,7 @@
 """The top of a report: what run it is, its figures at a glance, and what the model wrote before and after."""
 
+from collections.abc import Collection
+
 from splitfed.study import wording
 from splitfed.study.measured import BeforeAfter
 from splitfed.study.page import Html, element
@@ -11,13 +13,22 @@ def header(record: RunRecord, heading: str) -> Html:
     """Name the run, say how far it came and which part of which model stayed on the devices."""
     model = record.config.shared().model
     cut = f"devices hold {_blocks(model.bottom_blocks)} at the bottom and {_blocks(model.top_blocks)} at the top"
-    state = "finished" if record.is_finished else "not finished"
     return element(
         "header",
         element("p", "splitfed · report of a run", kind="eyebrow"),
         element("h1", heading),
-        element("p", f"{state.capitalize()} · base model {model.base} · {cut}", kind="note"),
+        element("p", f"{_state(record)} · base model {model.base} · {cut}", kind="note"),
     )
+
+
+def _state(record: RunRecord) -> str:
+    """Say how far the run is."""
+    if record.is_finished:
+        return "Finished"
+    done, planned = record.rounds[-1].number if record.rounds else 0, record.config.training.rounds
+    if record.is_running:
+        return f"Running: in round {done + 1} of {planned}"
+    return f"Not finished: stopped after round {done} of {planned}"
 
 
 def tiles(record: RunRecord, measured: BeforeAfter) -> Html:
@@ -29,7 +40,7 @@ def tiles(record: RunRecord, measured: BeforeAfter) -> Html:
         found = [
             _loss_tile(record, measured),
             *found,
-            _tile("Agents", f"{len(record.agent_names)} of {record.config.federation.agents}", "took part"),
+            _agents_tile(record),
             _traffic_tile(record),
             _privacy_tile(total_statements(record)),
         ]
@@ -78,12 +89,21 @@ def _traffic_tile(record: RunRecord) -> Html:
     return _tile("Bytes per token", rates, Html(f"{whole[0]} up, {whole[1]} down"))
 
 
-def _privacy_tile(statements: list[str]) -> Html:
+def _agents_tile(record: RunRecord) -> Html:
+    counted = {name for one in record.rounds for name in one.agents}
+    in_last = len(record.rounds[-1].agents)
+    detail = "took part" if in_last == len(counted) else f"took part, {in_last} of them in the last round"
+    return _tile(
+        "Agents", f"{len(counted)} of {record.config.federation.population or record.config.federation.agents}", detail
+    )
+
+
+def _privacy_tile(statements: Collection[str]) -> Html:
     name = "Privacy in total"
     if len(statements) != 1:
         detail = "The agents differ; see what was given away." if statements else ""
         return _tile(name, "see below" if statements else wording.NOT_SHARED, detail, kind="wide")
-    value, _, reason = statements[0].partition(": ")
+    value, _, reason = next(iter(statements)).partition(": ")
     return _tile(name, value, reason, kind="wide warning" if value == "none" else "wide")
 
 

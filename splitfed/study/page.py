@@ -68,6 +68,12 @@ th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); text-ali
 th:last-child, td:last-child { padding-right: 0; }
 th:first-child, td:first-child { text-align: left; }
 .words td, .words th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.long { display: inline-block; min-width: 16em; max-width: 28em; white-space: normal; text-align: left; }
+.told td:last-child { text-align: left; white-space: normal; min-width: 16em; }
+.told td:nth-child(2), .told th:nth-child(2) { text-align: left; }
+.told th:last-child { text-align: left; }
+section > h3 { font-size: 15px; margin: 18px 0 -6px; font-weight: 600; }
+.warning p { margin: 0; }
 thead th { color: var(--muted); font-weight: 500; font-size: 14px; vertical-align: bottom; }
 tbody th { font-weight: 500; }
 tbody tr:last-child > * { border-bottom: 0; }

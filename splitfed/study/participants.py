@@ -11,13 +11,15 @@ def agents_section(record: RunRecord) -> Html:
     heading = element("h2", "Who took part")
     if not record.agent_names:
         return element("section", heading, element("p", "Nobody has finished a round yet.", kind="note"))
-    rows = [_summary_row(name, record) for name in record.agent_names]
-    head = ["Agent", "Rounds", "Weight", "Training loss", "Held-out loss", "Tokens", "B/token ↑", "B/token ↓"]
+    is_asked = any(one.selected is not None for one in record.rounds)
+    rows = [_summary_row(name, record, is_asked=is_asked) for name in record.agent_names]
+    head = ["Agent", "Rounds", *(["Asked"] if is_asked else []), "Weight", "Training loss", "Held-out loss", "Tokens"]
     return element(
         "section",
         heading,
         element("p", "Losses of the agent’s last round; tokens and traffic over all of its rounds.", kind="note"),
-        table(head, rows),
+        table([*head, "B/token ↑", "B/token ↓"], rows),
+        _out_of_the_ordinary(record),
         *(_rounds_of(name, record) for name in record.agent_names),
     )
 
@@ -30,7 +32,7 @@ def privacy_section(record: RunRecord) -> Html:
     if all(agent.epsilon is None for one in record.rounds for agent in one.agents.values()):
         return element("section", heading, element("p", "No agent shared what its ledger says.", kind="note"))
     names = channels(record.rounds)
-    head = ["Agent", *(f"ε {CHANNELS.get(name, name)}" for name in names), "δ", "Unit", "Relation", "Total"]
+    head = ["Agent", "Total", *(f"ε {CHANNELS.get(name, name)}" for name in names), "δ", "Unit", "Relation"]
     rows = []
     for agent_name in record.agent_names:
         own = _rounds(agent_name, record)
@@ -50,19 +52,21 @@ def privacy_section(record: RunRecord) -> Html:
 
 def _privacy_cells(agent: AgentRound, names: list[str]) -> list[str]:
     return [
+        wording.NOT_SHARED if agent.total is None else wording.total(agent.total),
         *(wording.epsilon(epsilon(agent, name)) for name in names),
         wording.delta(agent.delta),
-        *(wording.NOT_SHARED if value is None else value for value in (agent.unit, agent.relation, agent.total)),
+        *(wording.NOT_SHARED if value is None else value for value in (agent.unit, agent.relation)),
     ]
 
 
-def _summary_row(name: str, record: RunRecord) -> list[str]:
+def _summary_row(name: str, record: RunRecord, *, is_asked: bool) -> list[str]:
     own = [agent for _, agent in _rounds(name, record)]
     last = own[-1] if own else AgentRound()
     tokens = [agent.tokens for agent in own if agent.tokens is not None]
     return [
         name,
-        str(len(own)),
+        f"{len(own)} of {len(record.rounds)}",
+        *([str(sum(name in (one.selected or ()) for one in record.rounds))] if is_asked else []),
         wording.count(last.weight),
         wording.loss(last.training_loss),
         wording.loss(last.held_out_loss),
@@ -70,6 +74,22 @@ def _summary_row(name: str, record: RunRecord) -> list[str]:
         wording.count(bytes_per_token(own, "up")),
         wording.count(bytes_per_token(own, "down")),
     ]
+
+
+def _out_of_the_ordinary(record: RunRecord) -> Html:
+    """List who was late, left out, refused, replaced, or gone, and when; nothing if nobody was."""
+    rows = []
+    for one in record.rounds:
+        rows += [[str(one.number), name, "; ".join(words)] for name, words in one.happened.items()]
+        if one.begun_again:
+            times = "once" if one.begun_again == 1 else f"{one.begun_again} times"
+            rows.append([str(one.number), "all", f"its joint steps began again {times}"])
+        if one.staleness is not None and one.staleness.oldest:
+            stale = f"steps were {one.staleness.mean:g} others old on average, {one.staleness.oldest} at most"
+            rows.append([str(one.number), "all", stale])
+    if not rows:
+        return Html("")
+    return Html(element("h3", "Out of the ordinary") + table(["Round", "Agent", "What"], rows, kind="told"))
 
 
 def _rounds_of(name: str, record: RunRecord) -> Html:

@@ -90,6 +90,34 @@ def bar_plot(rounds: Sequence[int], series: Sequence[Series], *, label: str, des
         return _svg(figure, description)
 
 
+def stacked_plot(names: Sequence[str], series: Sequence[Series], *, label: str, description: str) -> str:
+    """Draw what adds up to a whole as a bar for each name.
+
+    Args:
+        names: Whose bars, from top to bottom.
+        series: The parts, from left to right; each sequence of values is as long as ``names``.
+        label: Of the horizontal axis.
+        description: For readers who do not see the plot.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with matplotlib.rc_context(_STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(4.7, 1.3 + 0.36 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        begin = [0.0] * len(names)
+        for one in series:
+            values = [value or 0.0 for value in one.values]
+            axes.barh(range(len(names)), values, left=begin, height=0.62, color=one.color, label=one.name)
+            begin = [start + value for start, value in zip(begin, values, strict=True)]
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        _legend(axes, len(series))
+        return _svg(figure, description)
+
+
 def _axes(rounds: Sequence[int], label: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(4.7, 2.9), layout="constrained")
     axes = figure.subplots()

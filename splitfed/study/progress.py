@@ -16,6 +16,8 @@ from splitfed.study.summary import (
     total_statements,
 )
 
+_MOST_TOTALS = 8
+
 
 def plots_section(record: RunRecord, measured: BeforeAfter) -> Html:
     """Plot the losses and the traffic over the rounds; what nobody shared is said to be so."""
@@ -38,7 +40,23 @@ def rounds_section(record: RunRecord, measured: BeforeAfter) -> Html:
         heading,
         table([*head, "B/token ↑", "B/token ↓", "Seconds"], rows),
         element("p", _terms(record, measured), kind="note"),
-        *(element("p", f"Total: {statement}.", kind="warning") for statement in total_statements(record)),
+        _total(record),
+    )
+
+
+def _total(record: RunRecord) -> Html:
+    """Say what holds for all channels together, where all agents say the same, or few say something else."""
+    said = total_statements(record)
+    if not said:
+        return Html("")
+    if len(said) == 1:
+        return element("p", f"Total: {next(iter(said))}.", kind="warning")
+    told = "Total, which differs from agent to agent (all of them are under What was given away):"
+    return element(
+        "div",
+        element("p", told),
+        *(element("p", f"{', '.join(names)}: {statement}.") for statement, names in list(said.items())[:_MOST_TOTALS]),
+        kind="warning",
     )
 
 

@@ -1,8 +1,9 @@
 """What a run has left behind: the server's run directory, and the metrics of the agents that opened theirs."""
 
+import fcntl
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -30,6 +31,8 @@ class AgentShare(_Line):
     tokens: Count | None = None
     bytes_up: Count | None = None
     bytes_down: Count | None = None
+    server_seconds: Seconds | None = None
+    """Seconds in which the server had a request of the agent in hand."""
 
 
 class AgentRound(AgentShare):
@@ -42,12 +45,33 @@ class AgentRound(AgentShare):
     unit: str | None = None
     relation: str | None = None
     seconds: Seconds | None = None
+    waiting_seconds: Seconds | None = None
+    """Seconds in which the agent waited for answers."""
+
+
+class Staleness(_Line):
+    """How many other steps lay between a step's beginning and its end, where agents step as they come."""
+
+    mean: FiniteFloat
+    oldest: Count
 
 
 class _ServerLine(_Line):
     round: Annotated[int, Field(ge=1)]
     seconds: Seconds | None = None
     agents: Mapping[str, AgentShare] = {}
+    selected: tuple[str, ...] | None = None
+    late: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
+    taken_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    merged: Mapping[str, Count] = {}
+    replaced: Mapping[str, str] = {}
+    refused: Mapping[str, str] = {}
+    begun_again: Count = 0
+    staleness: Staleness | None = None
 
 
 class _AgentLine(AgentRound):
@@ -61,6 +85,13 @@ class Round:
     number: int
     seconds: float | None
     agents: Mapping[str, AgentRound]
+    happened: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What was out of the ordinary to each agent that it happened to, in words."""
+    selected: tuple[str, ...] | None = None
+    """Whom the round asked; None where it asked everyone."""
+    begun_again: int = 0
+    """How often its joint steps began again."""
+    staleness: Staleness | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +101,10 @@ class RunRecord:
     config: ServerConfig
     rounds: tuple[Round, ...]
     agent_names: tuple[str, ...]
-    """Who took part in a finished round or opened their own metrics, in alphabetical order."""
+    """Who took part in a finished round, was named there for another reason, or opened its own metrics, in
+    alphabetical order."""
+    is_running: bool = False
+    """A server is at work on it."""
 
     @property
     def is_finished(self) -> bool:
@@ -104,8 +138,43 @@ def read_run(run_directory: Path, agent_directories: Mapping[str, Path] | None =
             raise DataError(f"{directory}: no such folder; give the state directory of agent {name}")
         own_lines[name] = {line.round: line for line in _read_lines(directory / "metrics.jsonl", _AgentLine)}
     rounds = tuple(_merge(line, own_lines) for _, line in sorted(server_lines.items()))
-    names = {name for finished in rounds for name in finished.agents} | set(own_lines)
-    return RunRecord(config=config, rounds=rounds, agent_names=tuple(sorted(names)))
+    names = {name for finished in rounds for name in (*finished.agents, *finished.happened)} | set(own_lines)
+    return RunRecord(config, rounds, tuple(sorted(names)), is_running=_is_running(run_directory / "lock"))
+
+
+def _is_running(lock: Path) -> bool:
+    """Say whether a server holds a run directory; a copy of one has none."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _happened(line: _ServerLine) -> dict[str, tuple[str, ...]]:
+    """Say of each agent what was out of the ordinary with it."""
+    said: dict[str, list[str]] = {}
+    for names, words in (
+        (line.late, "late: the round was closed without it"),
+        (line.dropped, "its late update was dropped"),
+        (line.left, "left"),
+        (line.silent, "fell silent"),
+        (line.taken_out, "had no place in the joint steps"),
+        (line.left_out, "left out by the rule"),
+    ):
+        for name in names:
+            said.setdefault(name, []).append(words)
+    for name, number in line.merged.items():
+        said.setdefault(name, []).append(f"its late update of round {number} is in")
+    for name, other in line.replaced.items():
+        said.setdefault(name, []).append(f"replaced by {other}")
+        said.setdefault(other, []).append(f"asked in place of {name}")
+    for name, reason in line.refused.items():
+        said.setdefault(name, []).append(f"refused: {reason}")
+    return {name: tuple(words) for name, words in sorted(said.items())}
 
 
 def _merge(line: _ServerLine, own_lines: Mapping[str, Mapping[int, _AgentLine]]) -> Round:
@@ -116,7 +185,15 @@ def _merge(line: _ServerLine, own_lines: Mapping[str, Mapping[int, _AgentLine]])
             sources.append(own_lines[name][line.round])
         known = {key: value for source in sources for key, value in source if value is not None}
         agents[name] = AgentRound.model_validate(known)
-    return Round(number=line.round, seconds=line.seconds, agents=dict(sorted(agents.items())))
+    return Round(
+        number=line.round,
+        seconds=line.seconds,
+        agents=dict(sorted(agents.items())),
+        happened=_happened(line),
+        selected=line.selected,
+        begun_again=line.begun_again,
+        staleness=line.staleness,
+    )
 
 
 def _read_config(path: Path) -> ServerConfig:

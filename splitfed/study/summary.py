@@ -5,6 +5,7 @@ None stands for not shared, an infinite epsilon for nothing guaranteed.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from splitfed.study.record import AgentRound, Round, RunRecord
@@ -14,6 +15,26 @@ CHANNELS = {"smashed": "smashed data", "output_gradient": "output gradient", "ad
 
 LossName = Literal["training_loss", "held_out_loss"]
 Direction = Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """Where an agent's time went, in seconds.
+
+    Attributes:
+        agent_s: It did not wait.
+        link_s: It waited, and the server had nothing of it in hand.
+        server_s: It waited, and the server had a request of it in hand.
+    """
+
+    agent_s: float
+    link_s: float
+    server_s: float
+
+    @property
+    def whole_s(self) -> float:
+        """All of it."""
+        return self.agent_s + self.link_s + self.server_s
 
 
 def mean_loss(finished: Round, name: LossName) -> float | None:
@@ -26,6 +47,15 @@ def mean_loss(finished: Round, name: LossName) -> float | None:
         weights = [1] * len(shared)
     losses = [float(getattr(agent, name)) for agent in shared]
     return math.fsum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
+
+
+def time_split(agent: AgentRound) -> TimeSplit | None:
+    """Split an agent's round by what both sides have measured; None where one of them has not."""
+    if agent.seconds is None or agent.waiting_seconds is None or agent.server_seconds is None:
+        return None
+    waiting_s = min(agent.waiting_seconds, agent.seconds)
+    server_s = min(agent.server_seconds, waiting_s)
+    return TimeSplit(agent.seconds - waiting_s, waiting_s - server_s, server_s)
 
 
 def total_bytes(agents: Iterable[AgentRound], direction: Direction) -> int | None:
@@ -63,7 +93,10 @@ def channels(rounds: Sequence[Round]) -> list[str]:
     return [name for name in CHANNELS if name in {"smashed", "output_gradient"} | found] + sorted(found - set(CHANNELS))
 
 
-def total_statements(record: RunRecord) -> list[str]:
-    """What the agents say holds for all channels together at the end of the last round, each statement once."""
-    last = record.rounds[-1].agents.values() if record.rounds else ()
-    return sorted({agent.total for agent in last if agent.total is not None})
+def total_statements(record: RunRecord) -> dict[str, list[str]]:
+    """What the agents say holds for all channels together at the end of the last round, and who says it."""
+    said: dict[str, list[str]] = {}
+    for name, agent in record.rounds[-1].agents.items() if record.rounds else ():
+        if agent.total is not None:
+            said.setdefault(agent.total, []).append(name)
+    return dict(sorted(said.items()))

@@ -33,6 +33,19 @@ def seconds(value: float | None) -> Html:
     return NOT_SHARED if value is None else Html(f"{value:,.1f}")
 
 
+def share(part_s: float, whole_s: float) -> Html:
+    """Seconds, with the per cent of the whole that they are."""
+    return Html(f"{part_s:,.1f} ({100 * part_s / whole_s if whole_s else 0:.0f} %)")
+
+
+def total(statement: str) -> Html:
+    """What an agent says of all channels together; its delta, unit and relation have columns of their own."""
+    value, separator, _ = statement.partition(" at delta ")
+    if separator and value.startswith("epsilon "):
+        return element("span", f"ε {value.removeprefix('epsilon ')}")
+    return element("span", statement, kind="long")
+
+
 def size(value: int | None) -> Html:
     """Bytes in decimal units."""
     if value is None:
