@@ -36,9 +36,9 @@ def summary(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]]
     failed = [row for row in rows if row["error"] is not None]
     sentences = []
     if failed:
-        runs = f"{len(failed)} of {len(rows)} runs failed" if len(failed) > 1 else f"1 of {len(rows)} runs failed"
         sentences.append(
-            f"{runs}; the column error says why, and --retry-failed makes them again: {failed[0]['error']}"
+            f"Failed: {len(failed)} of {len(rows)} runs; the column error says why, and --retry-failed makes them "
+            f"again. The first: {failed[0]['error']}"
         )
     if any(row["epsilon"] is not None for row in rows):
         stated = next(row for row in rows if row["epsilon"] is not None)

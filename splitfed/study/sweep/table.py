@@ -72,7 +72,7 @@ class SweepTable:
         sweep: Which sweep its rows have to be of.
 
     Attributes:
-        rows: Whole rows that the file held when it was opened.
+        rows: The rows of the file.
 
     Raises:
         ConfigError: If it is no table of this sweep, or held by another process.
@@ -105,7 +105,9 @@ class SweepTable:
         Raises:
             OutputError: If that fails; the file holds no part of it then.
         """
-        self._append(_line([row.get(column) for column in self._columns]))
+        whole = {column: row.get(column) for column in self._columns}
+        self._append(_line(whole.values()))
+        self.rows.append(whole)
 
     def drop(self, is_wanted_no_more: Callable[[Row], bool]) -> None:
         """Take rows out; the file has all of them or only the others, whenever the process ends.

@@ -40,7 +40,7 @@ def outcomes(
         yield from _here(jobs)
         return
     crew = [_Worker.start() for _ in range(min(processes, len(jobs)))]
-    waiting = list(reversed(jobs))
+    waiting, has_begun = list(reversed(jobs)), False
     try:
         while waiting or any(worker.job is not None for worker in crew):
             by_connection = {worker.connection: worker for worker in crew}
@@ -48,8 +48,14 @@ def outcomes(
                 assert isinstance(connection, Connection)
                 worker = by_connection[connection]
                 done = worker.receive()
+                has_begun = has_begun or worker.is_alive
                 if not worker.is_alive:
                     crew.remove(worker)
+                    if not has_begun:
+                        raise SplitFedError(
+                            f"A process of the sweep {worker.ending} as it started; call run_sweep under if __name__ == "
+                            '"__main__", or leave processes out.'
+                        )
                     if waiting:
                         crew.append(_Worker.start())
                 if done is not None:
@@ -82,7 +88,6 @@ class _Worker:
 
     process: SpawnProcess
     connection: "Connection[object, object]"
-    is_ready: bool = False
     is_alive: bool = True
     job: Job | None = None
 
@@ -104,17 +109,12 @@ class _Worker:
             return
 
     def receive(self) -> tuple[Job, Figures] | None:
-        """Take what it says; none at its start.
-
-        Raises:
-            SplitFedError: If it ends before it has begun.
-        """
+        """Take what it says: what became of its run, or none at its start, or at its end without a run."""
         try:
             said = self.connection.recv()
         except (EOFError, ConnectionResetError):
             said = None
         if said == _READY:
-            self.is_ready = True
             return None
         job, self.job = self.job, None
         if isinstance(said, dict):
@@ -123,14 +123,16 @@ class _Worker:
         self.process.join()
         self.is_alive = False
         self.connection.close()
-        how = _how_it_ended(self.process.exitcode)
-        if not self.is_ready:
-            raise SplitFedError(
-                f'A process of the sweep {how} as it started; call run_sweep under if __name__ == "__main__", or '
-                "leave out processes."
-            )
-        error = f"The process of this run {how}; give the sweep fewer processes if memory was short."
+        error = f"The process of this run {self.ending}; give the sweep fewer processes if memory was short."
         return None if job is None else (job, {"error": error})
+
+    @property
+    def ending(self) -> str:
+        """How it ended."""
+        status = self.process.exitcode
+        return (
+            f"was ended by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
+        )
 
     def end(self) -> None:
         """End it, whatever it does."""
@@ -138,12 +140,6 @@ class _Worker:
         self.process.join()
         self.connection.close()
         self.process.close()
-
-
-def _how_it_ended(status: int | None) -> str:
-    if status is not None and status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"ended with status {status}"
 
 
 def _serve(connection: "Connection[object, object]") -> None:
