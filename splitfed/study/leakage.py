@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from splitfed.errors import DataError
+from splitfed.study import wording
 from splitfed.study.page import Html, element, table
 
 Rate = Annotated[FiniteFloat, Field(ge=0, le=1)]
@@ -71,7 +72,10 @@ def leakage_section(found: Leakage | None) -> Html:
     if found is None:
         told = "Not audited: splitfed audit attacks the run’s split point, and measures what a server recovers."
         return element("section", heading, element("p", told, kind="note"))
-    attacks = dict.fromkeys((row.target, row.attack, row.chance) for row in found.rows)
+    targets = list(dict.fromkeys(row.target for row in found.rows))
+    attacks = dict.fromkeys(
+        (row.target, row.attack, row.chance) for row in sorted(found.rows, key=lambda row: targets.index(row.target))
+    )
     protections = list(dict.fromkeys(row.protection for row in found.rows))
     rows = []
     for target, attack, chance in attacks:
@@ -100,7 +104,7 @@ def leakage_section(found: Leakage | None) -> Html:
             "p",
             f"Run {found.run}, {found.bottom_blocks} + {found.top_blocks} blocks on the devices; "
             f"{found.private_sequences} private sequences attacked; success with its 95 % interval; ε at δ = "
-            f"{found.delta:g}, relation {found.relation}.",
+            f"{wording.delta(found.delta)}, relation {found.relation}.",
             kind="note",
         ),
         table(head, rows),

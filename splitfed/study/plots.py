@@ -15,6 +15,8 @@ from matplotlib.ticker import MaxNLocator
 INK, MUTED, GRID, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", FIRST: "--first", SECOND: "--second"}
 
+_MOST_LETTERS = 16
+
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "splitfed",
@@ -110,12 +112,17 @@ def stacked_plot(names: Sequence[str], series: Sequence[Series], *, label: str, 
             values = [value or 0.0 for value in one.values]
             axes.barh(range(len(names)), values, left=begin, height=0.62, color=one.color, label=one.name)
             begin = [start + value for start, value in zip(begin, values, strict=True)]
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), [_short(name) for name in names], parse_math=False)
         axes.invert_yaxis()
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         _legend(axes, len(series))
         return _svg(figure, description)
+
+
+def _short(name: str) -> str:
+    """Cut a name to what leaves room for its bar."""
+    return name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…"
 
 
 def _axes(rounds: Sequence[int], label: str) -> tuple[Figure, Any]:

@@ -99,4 +99,4 @@ def total_statements(record: RunRecord) -> dict[str, list[str]]:
     for name, agent in record.rounds[-1].agents.items() if record.rounds else ():
         if agent.total is not None:
             said.setdefault(agent.total, []).append(name)
-    return dict(sorted(said.items()))
+    return said
