@@ -69,7 +69,7 @@ th:last-child, td:last-child { padding-right: 0; }
 th:first-child, td:first-child { text-align: left; }
 .words td, .words th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .long { display: inline-block; min-width: 16em; max-width: 28em; white-space: normal; text-align: left; }
-.told td:last-child { text-align: left; white-space: normal; min-width: 16em; }
+.told td:last-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 16em; }
 .told td:nth-child(2), .told th:nth-child(2) { text-align: left; }
 .told th:last-child { text-align: left; }
 section > h3 { font-size: 15px; margin: 18px 0 -6px; font-weight: 600; }
@@ -92,7 +92,7 @@ details > summary { cursor: pointer; font-weight: 500; }
 .settings .scroll { margin: 0; padding: 0; }
 .settings td, .settings th { padding-top: 4px; padding-bottom: 4px; font-weight: 400; white-space: normal; }
 .settings td { overflow-wrap: anywhere; }
-.settings th { color: var(--muted); width: 52%; }
+.settings th { color: var(--muted); width: 58%; }
 footer { color: var(--muted); font-size: 14px; margin-top: 24px; }
 @media (max-width: 560px) {
   main { padding: 24px 14px 40px; }
