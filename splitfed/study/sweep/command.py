@@ -74,7 +74,7 @@ class _Shown:
 def described(row: Row) -> str:
     """Say what a row is of and what came of it, on a line."""
     axes = [name for name in row if name not in {"cell", "sweep", *FIGURES} and row[name] is not None]
-    at = " ".join(f"{name.rpartition('.')[2]}={text_of(row[name])}" for name in axes)
+    at = " ".join(f"{name}={text_of(row[name])}" for name in axes)
     if row["error"] is not None:
         return f"{at}: failed: {row['error']}"
     spent = "" if row["epsilon"] is None else f", epsilon {row['epsilon']:.4g}"

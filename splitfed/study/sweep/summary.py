@@ -8,13 +8,12 @@ from splitfed.study.sweep.table import FIGURES, Row
 
 _HEADINGS = (
     "runs",
-    "held-out loss",
+    "loss",
     "perplexity",
     "epsilon",
-    "up, down kB a round",
-    "adapter kB a round",
-    "trained on agent",
-    "seconds",
+    "up kB",
+    "down kB",
+    "adapter kB",
 )
 _KB = 1e3
 
@@ -46,6 +45,8 @@ def summary(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[str]]
             f"epsilon is that of the record that is worst off, for a sequence, at delta {stated['delta']:g}, relation "
             f"{stated['relation']}."
         )
+    if len(rows) > len(failed):
+        sentences.append("loss is held out, in nats per token; kB are those of an agent in a round.")
     return [*axes, *_HEADINGS], lines, sentences
 
 
@@ -62,12 +63,11 @@ def _figures(rows: Sequence[Row], group: Sequence[Row]) -> list[str]:
     return [
         runs,
         _spread([row["held_out_loss"] for row in rows], 4),
-        _spread([row["perplexity"] for row in rows], 3),
+        _spread([row["perplexity"] for row in rows], 2),
         f"{max(spent):.4g}" if spent else "",
-        f"{up_kb:.0f}, {down_kb:.0f}",
+        f"{up_kb:.0f}",
+        f"{down_kb:.0f}",
         f"{mean('adapter_up_bytes', 'adapter_down_bytes') / _KB:.0f}",
-        f"{mean('trainable_parameters'):.0f}",
-        f"{mean('seconds'):.1f}",
     ]
 
 

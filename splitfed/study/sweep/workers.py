@@ -53,7 +53,7 @@ def outcomes(
                     crew.remove(worker)
                     if not has_begun:
                         raise SplitFedError(
-                            f"A process of the sweep {worker.ending} as it started; call run_sweep under if __name__ == "
+                            f"A process {worker.ending} as it started; call run_sweep under if __name__ == "
                             '"__main__", or leave processes out.'
                         )
                     if waiting:

@@ -17,14 +17,14 @@ def test_seeds_are_put_together_with_their_spread() -> None:
     rows += [row(0, None, held_out_loss=5.0, activation_up_bytes=2000), row(1, None, error="It broke.")]
     headings, lines, sentences = summary(rows)
     first, second = (dict(zip(headings, line, strict=True)) for line in lines)
-    assert (first["codec"], first["runs"], first["held-out loss"], first["epsilon"]) == (
+    assert (first["codec"], first["runs"], first["loss"], first["epsilon"]) == (
         "int8",
         "2",
         "2.0000 ± 1.4142",  # the sample's: √2
         "2",
     )
-    assert (second["codec"], second["runs"], second["held-out loss"]) == ("", "1 of 2", "5.0000")
-    assert second["up, down kB a round"] == "2, 0"
+    assert (second["codec"], second["runs"], second["loss"]) == ("", "1 of 2", "5.0000")
+    assert (second["up kB"], second["down kB"]) == ("2", "0")
     assert "seed" not in headings
     assert sentences[0].startswith("Failed: 1 of 4 runs; ")
     assert sentences[0].endswith("The first: It broke.")
@@ -33,7 +33,7 @@ def test_seeds_are_put_together_with_their_spread() -> None:
 
 def test_a_point_at_which_every_run_failed_has_a_line_without_figures() -> None:
     _, lines, _ = summary([row(0, error="It broke.")])
-    assert lines == [["int8", "0 of 1", *[""] * 7]]
+    assert lines == [["int8", "0 of 1", *[""] * 6]]
 
 
 def test_a_time_is_told_as_roughly_as_it_is_known() -> None:
