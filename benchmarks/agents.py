@@ -1,6 +1,6 @@
 """What more agents cost: a round of 2, 4 and 8 agents on one server ÷ a round of one agent, over gRPC.
 
-GPT-2-small shape, random weights, every agent with 4 × 64 tokens a step, cut after its first and before its last block,
+GPT-2-small shape, random weights, every agent with 4 × 64 tokens a step in two micro-batches, cut after its first and before its last block,
 noise and int8 on, one CPU thread for each process. In one turn every variant runs with every number of agents, and
 with one agent. A round's time is the server's own, from its opening until it is written; the first round is a warm-up.
 
@@ -20,17 +20,25 @@ from daemons import Daemons, machine
 from shapes import gpt2_small, write_model, write_words
 
 VARIANTS = ("sflv2", "sflv1", "parallel", "async")
-BATCH, TOKENS, STEPS, ROUNDS = 4, 64, 3, 3
+BATCH, TOKENS, STEPS, ROUNDS = 4, 64, 4, 2
 
 
-def round_s(folder: Path, base: Path, data: Path, variant: str, agents: int, server_threads: int) -> float:
+def round_s(
+    folder: Path, base: Path, data: Path, variant: str, agents: int, *, server_threads: int, micro_batch_size: int
+) -> float:
     """Run agents through all rounds; gives the seconds of the median round after the first."""
     with Daemons(folder) as daemons:
         address = daemons.serve(
             {
                 "model": {"base": str(base), "bottom_blocks": 1, "top_blocks": 1},
                 "federation": {"agents": agents, "variant": variant},
-                "training": {"rounds": ROUNDS, "local_steps": STEPS, "batch_size": BATCH, "max_tokens": TOKENS},
+                "training": {
+                    "rounds": ROUNDS,
+                    "local_steps": STEPS,
+                    "batch_size": BATCH,
+                    "micro_batch_size": micro_batch_size,
+                    "max_tokens": TOKENS,
+                },
                 "server": {"threads": server_threads},
             }
         )
@@ -48,6 +56,7 @@ def main() -> None:
     parser.add_argument("--agents", type=int, nargs="+", default=(2, 4, 8))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--server-threads", type=int, default=1)
+    parser.add_argument("--micro-batch-size", type=int, default=BATCH // 2, help="two are in flight at once")
     parser.add_argument("--turns", type=int, default=1)
     options = parser.parse_args()
     times: dict[tuple[str, int], list[float]] = {}
@@ -58,7 +67,15 @@ def main() -> None:
         for turn in range(options.turns):
             for variant, agents in [("sflv1", 1)] + [(v, a) for a in options.agents for v in options.variants]:
                 run = folder / f"{turn}-{variant}-{agents}"
-                took_s = round_s(run, base, data, variant, agents, options.server_threads)
+                took_s = round_s(
+                    run,
+                    base,
+                    data,
+                    variant,
+                    agents,
+                    server_threads=options.server_threads,
+                    micro_batch_size=options.micro_batch_size,
+                )
                 times.setdefault((variant, agents), []).append(took_s)
                 alone_s = times["sflv1", 1][turn]
                 print(
@@ -75,7 +92,17 @@ def main() -> None:
         for (variant, agents), spent in times.items()
         if agents > 1
     }
-    print(json.dumps({"machine": machine(), "server_threads": options.server_threads, **figures}, indent=1))
+    print(
+        json.dumps(
+            {
+                "machine": machine(),
+                "server_threads": options.server_threads,
+                "micro_batch_size": options.micro_batch_size,
+                **figures,
+            },
+            indent=1,
+        )
+    )
 
 
 def _median(values: Iterable[float]) -> float:
