@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 START_S = 300.0
 POLL_S = 0.05
 
@@ -61,10 +63,20 @@ class Daemons:
         while running := [name for name, process in self._processes.items() if process.poll() is None]:
             for name in running:
                 self._note_peak(name)
-            for name, process in self._processes.items():
-                if process.poll():
-                    raise RuntimeError(f"{name} failed:\n{self.log(name)}")
+            self.check()
             time.sleep(POLL_S)
+
+    def check(self) -> None:
+        """Raise with its log if one has failed."""
+        for name, process in self._processes.items():
+            if process.poll():
+                raise RuntimeError(f"{name} failed:\n{self.log(name)}")
+
+    def cpu_s(self) -> float:
+        """Add up the CPU time of those that run."""
+        running = [process.pid for process in self._processes.values() if process.poll() is None]
+        times = [psutil.Process(pid).cpu_times() for pid in running]
+        return sum(each.user + each.system for each in times)
 
     def peak_bytes(self, name: str) -> int:
         """Give the largest resident memory of a process, as the kernel counted it."""
