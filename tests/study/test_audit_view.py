@@ -20,7 +20,7 @@ class Tapped:
 
     def __init__(self, link):
         self._link = link
-        self.seen = {}
+        self.seen, self.traffic = {}, link.traffic
 
     def forward(self, place, smashed_BTD, **options):
         self.seen["smashed"] = smashed_BTD
