@@ -172,7 +172,7 @@ class RunStore:
         _write_durably(self.directory / _CONFIG, to_toml(config))
 
     def write_base(self, tensors: Mapping[str, str]) -> None:
-        """Keep the hashes of the base model's tensors, as far as known, so that its adapter is put on no other model."""
+        """Keep hashes of the base model's tensors, as far as known, so that its adapter is put on no other model."""
         _write_durably(self.directory / _BASE, json.dumps(tensors, indent=1, sort_keys=True))
 
     def publish(self, round: int) -> None:

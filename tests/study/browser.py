@@ -91,8 +91,9 @@ def browser(folder):
     (its_in, to_browser), (from_browser, its_out) = os.pipe(), os.pipe()
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     command += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}"]
+    command += ["--remote-debugging-pipe", "about:blank"]
     started = subprocess.Popen(
-        ["bash", "-c", f'exec "$@" 3<&{its_in} 4>&{its_out}', "bash", *command, "--remote-debugging-pipe", "about:blank"],
+        ["bash", "-c", f'exec "$@" 3<&{its_in} 4>&{its_out}', "bash", *command],
         pass_fds=(its_in, its_out),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
