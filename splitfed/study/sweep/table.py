@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -93,11 +94,10 @@ class SweepTable:
                 f"{path}: cannot be opened ({error.strerror}); give [output] csv a file that this user may write, in a "
                 "folder that exists"
             ) from error
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)
             self.rows = self._mend(sweep)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Put a row on disk.
@@ -121,14 +121,13 @@ class SweepTable:
         lines = [_line(self._columns), *(_line([row[column] for column in self._columns]) for row in kept)]
         draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            descriptor = _open_locked(draft)
-            try:
+            with ExitStack() as undo:
+                descriptor = _open_locked(draft)
+                undo.callback(draft.unlink, missing_ok=True)
+                undo.callback(os.close, descriptor)
                 _write(descriptor, b"".join(lines))
                 draft.replace(self._path)
-            except BaseException:
-                os.close(descriptor)
-                draft.unlink(missing_ok=True)
-                raise
+                undo.pop_all()
         except OSError as error:
             raise self._unwritten(error) from error
         os.close(self._descriptor)
@@ -235,19 +234,17 @@ def _line(values: Iterable[Any]) -> bytes:
 def _open_locked(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as undo:  # also where the file was replaced in between
+            undo.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"{path}: another sweep is writing to it; wait for that, or name another file in [output] csv"
+                ) from error
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                undo.pop_all()
                 return descriptor
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ConfigError(
-                f"{path}: another sweep is writing to it; wait for that, or name another file in [output] csv"
-            ) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # it was replaced in between
 
 
 def _write(descriptor: int, block: bytes) -> None:
