@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from splitfed.agent.own_run import own_run, run_key
 from splitfed.agent.policy import agree, refuse_weak_noise
+from splitfed.agent.workload import workload_of
 from splitfed.config import AgentConfig, PrivacySection, RunConfig
 from splitfed.models import (
     Bottom,
@@ -25,7 +26,7 @@ from splitfed.models import (
 from splitfed.privacy import Ledger
 from splitfed.training.data import load_examples
 from splitfed.training.prompts import end_tokens, positions_of
-from splitfed.training.protection import Workload, settle_clip, settle_noise, with_default_noise
+from splitfed.training.protection import settle_clip, settle_noise, with_default_noise
 from splitfed.training.setup import open_bottom_and_top
 from splitfed.training.tokenizer import open_tokenizer
 from splitfed.transport.adapters import RESIDUAL
@@ -166,14 +167,4 @@ def _with_the_noise_of_training(
     train, held_out = load_examples(
         config.data, tokenizer, max_tokens=run.training.max_tokens, record_hash=ledger.record_hash
     )
-    workload = Workload(
-        run.training,
-        train.sequence_records,
-        held_out.sequence_records,
-        most_of_a_row=train.most_of_a_row,
-        bottom_trains=bool(adapter_parameters(bottom)),
-        top_trains=bool(adapter_parameters(top)),
-        client=config.agent.name,
-        seed=run.run.seed,
-    )
-    return settle_noise(privacy, workload)
+    return settle_noise(privacy, workload_of(config, run, train, held_out, bottom, top))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from splitfed.agent.own_run import run_key
 from splitfed.agent.policy import refuse_weak_noise
+from splitfed.agent.workload import workload_of
 from splitfed.config import AgentConfig, PrivacySection, RunConfig
 from splitfed.federation import trained_factors
 from splitfed.models import (
@@ -25,7 +26,7 @@ from splitfed.models.factors import factor_of
 from splitfed.privacy import Ledger
 from splitfed.training.client_step import ClientTrainer
 from splitfed.training.data import ExampleSet, load_examples
-from splitfed.training.protection import Workload, open_gate, settle_clip, settle_noise
+from splitfed.training.protection import open_gate, settle_clip, settle_noise
 from splitfed.training.releases import LedgeredReleases
 from splitfed.training.setup import open_bottom_and_top
 from splitfed.training.tokenizer import open_tokenizer
@@ -143,16 +144,7 @@ def prepare(config: AgentConfig, run: RunConfig, privacy: PrivacySection, folder
         config.data, tokenizer, max_tokens=run.training.max_tokens, record_hash=ledger.record_hash
     )
     _log.info("examples to train on: %d; held out: %d", len(train), len(held_out))
-    workload = Workload(
-        run.training,
-        train.sequence_records,
-        held_out.sequence_records,
-        most_of_a_row=train.most_of_a_row,
-        bottom_trains=bool(adapter_parameters(bottom)),
-        top_trains=bool(adapter_parameters(top)),
-        client=config.agent.name,
-        seed=run.run.seed,
-    )
+    workload = workload_of(config, run, train, held_out, bottom, top)
     privacy = settle_noise(settle_clip(privacy, bottom), workload)
     refuse_weak_noise(config.privacy, privacy, run)
     ledger.set_policy(delta=privacy.delta, epsilon_budget=config.privacy.epsilon_budget, relation=privacy.relation)
