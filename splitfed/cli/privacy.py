@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from splitfed.cli.columns import CompletionColumn, MessagesColumn, PromptColumn, TextColumn
 from splitfed.cli.daemons import ConfigFile
 from splitfed.cli.output import print_table, writing_to_stdout
 from splitfed.errors import ConfigError
@@ -23,12 +24,10 @@ def audit(
     ] = None,
     examples: Annotated[int, typer.Option("--examples", help="Private sequences to attack.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    text_column: Annotated[str, typer.Option("--text-column", help="Column of plain text.")] = "text",
-    prompt_column: Annotated[str, typer.Option("--prompt-column", help="Column of prompts.")] = "prompt",
-    completion_column: Annotated[
-        str, typer.Option("--completion-column", help="Column of completions.")
-    ] = "completion",
-    messages_column: Annotated[str, typer.Option("--messages-column", help="Column of conversations.")] = "messages",
+    text_column: TextColumn = "text",
+    prompt_column: PromptColumn = "prompt",
+    completion_column: CompletionColumn = "completion",
+    messages_column: MessagesColumn = "messages",
 ) -> None:
     """Attack a run's split point, and count what a server recovers."""
     from splitfed.config import load_server_config

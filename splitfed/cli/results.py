@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from splitfed.cli.columns import CompletionColumn, MessagesColumn, PromptColumn, TextColumn
 from splitfed.cli.daemons import Insecure
 from splitfed.cli.output import log_to_stderr, print_table, writing_to_stdout
 from splitfed.errors import ConfigError, DataError
@@ -89,12 +90,10 @@ def evaluate(
         typer.Option("--max-tokens", help="Most tokens of prompt and text together; left out = those of training."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    text_column: Annotated[str, typer.Option("--text-column", help="Column of plain text.")] = "text",
-    prompt_column: Annotated[str, typer.Option("--prompt-column", help="Column of prompts.")] = "prompt",
-    completion_column: Annotated[
-        str, typer.Option("--completion-column", help="Column of completions.")
-    ] = "completion",
-    messages_column: Annotated[str, typer.Option("--messages-column", help="Column of conversations.")] = "messages",
+    text_column: TextColumn = "text",
+    prompt_column: PromptColumn = "prompt",
+    completion_column: CompletionColumn = "completion",
+    messages_column: MessagesColumn = "messages",
 ) -> None:
     """Measure what a run has changed: loss, perplexity, texts."""
     if limit is not None and limit < 1:
