@@ -65,6 +65,7 @@ class Bench:
     def __init__(self) -> None:
         self._tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
         self._data: dict[str, SweepData] = {}
+        self._base_losses: dict[tuple[Path, str, str], float] = {}
 
     def outcome(self, job: Job) -> Figures:
         """Make a run; gives its figures, or the sentence of what went wrong in it as ``error``."""
@@ -85,13 +86,15 @@ class Bench:
         shards = deal(data, config.data, agents=config.federation.agents, seed=config.seed)
         model = open_whole_model(job.base, dtype=DTYPES[config.model.dtype])
         tokenizer = self._tokenizer(job.base)
+        base_loss = self._base_loss(job, model, data.held_out)
         started_s = time.process_time()
         made = _Made.of(job, model, tokenizer, shards)
         took_s = time.process_time() - started_s
-        loss = _held_out_loss(made.run, job, data.held_out, tokenizer.pad_token_id or 0)
+        loss = _loss(_with_adapter(made.run, job), data.held_out, tokenizer)
         crossed, privacy = list(made.run.traffic.values()), config.privacy
         in_a_round = config.federation.cohort or config.federation.agents
         return {
+            "base_loss": base_loss,
             "held_out_loss": loss,
             "perplexity": math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf,
             "epsilon": made.epsilon,
@@ -113,9 +116,15 @@ class Bench:
             self._tokenizers[base] = open_tokenizer(base)
         return self._tokenizers[base]
 
+    def _base_loss(self, job: Job, model: PreTrainedModel, held_out: Sequence[Example]) -> float:
+        key = (job.base, job.config.model.dtype, _data_key(job))
+        if key not in self._base_losses:
+            self._base_losses[key] = _loss(model, held_out, self._tokenizer(job.base))
+        return self._base_losses[key]
+
     def _data_of(self, job: Job) -> SweepData:
         data, max_tokens = job.config.data, job.config.training.max_tokens
-        key = f"{max_tokens} {data.model_dump_json()}"
+        key = _data_key(job)
         if key not in self._data:
             if data_hash(data) != job.data_sha256:
                 raise DataError(f"{data.path}: has changed while the sweep ran; start the sweep again")
@@ -218,17 +227,26 @@ class _Gates:
         return max(math.inf if each is None else each for each in spent)
 
 
-@torch.no_grad()
-def _held_out_loss(run: Simulation, job: Job, held_out: Sequence[Example], pad_token_id: int) -> float:
-    """Measure the mean loss per token in nats, under stock transformers and PEFT with the exported adapter."""
+def _data_key(job: Job) -> str:
+    return f"{job.config.training.max_tokens} {job.config.data.model_dump_json()}"
+
+
+def _with_adapter(run: Simulation, job: Job) -> torch.nn.Module:
+    """Put the exported adapter on the base model, with stock transformers and PEFT."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
         run.export(folder, base=job.base)
-        model = PeftModel.from_pretrained(open_whole_model(job.base, dtype=DTYPES[job.config.model.dtype]), folder)
+        model = open_whole_model(job.base, dtype=DTYPES[job.config.model.dtype])
+        return PeftModel.from_pretrained(model, folder)
+
+
+@torch.no_grad()
+def _loss(model: torch.nn.Module, held_out: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> float:
+    """Measure the mean loss per token in nats, as if nothing were to be trained."""
     model.eval()
     total, tokens = 0.0, 0
     for start in range(0, len(held_out), _AT_ONCE):
-        batch = collate(held_out[start : start + _AT_ONCE], pad_token_id=pad_token_id)
+        batch = collate(held_out[start : start + _AT_ONCE], pad_token_id=tokenizer.pad_token_id or 0)
         total += causal_lm_loss(model(input_ids=batch.input_ids_BT).logits, batch.labels_BT, 1.0).item()
         tokens += count_label_tokens(batch.labels_BT)
     return total / max(tokens, 1)

@@ -16,6 +16,7 @@ Row = dict[str, Any]
 """A row by column: numbers as numbers, None where there is nothing."""
 
 FIGURES: Final = (
+    "base_loss",
     "held_out_loss",
     "perplexity",
     "epsilon",

@@ -52,7 +52,11 @@ def held_out_loss(run: Simulation, base: Path, folder: Path, examples: Any) -> f
     from peft import PeftModel
 
     run.export(folder, base=base)
-    model = PeftModel.from_pretrained(open_whole_model(base), folder).eval()
+    return loss_of(PeftModel.from_pretrained(open_whole_model(base), folder).eval(), examples)
+
+
+def loss_of(model: torch.nn.Module, examples: Any) -> float:
+    """The mean loss per token."""
     total, tokens = 0.0, 0
     for example in examples:
         batch = collate([example], pad_token_id=0)
@@ -81,6 +85,8 @@ def test_a_row_says_what_the_same_run_by_hand_comes_to(tmp_path: Path, base: Pat
         seed=3,
     )
     assert split["held_out_loss"] == pytest.approx(held_out_loss(run, base, tmp_path / "a", data.held_out), abs=1e-6)
+    base_model = open_whole_model(base).eval()
+    assert split["base_loss"] == central["base_loss"] == pytest.approx(loss_of(base_model, data.held_out), abs=1e-6)
     assert split["perplexity"] == math.exp(split["held_out_loss"])
     traffic = list(run.traffic.values())
     assert split["activation_up_bytes"] == sum(each.sent_bytes for each in traffic) / 4  # 2 agents, 2 rounds
@@ -147,18 +153,24 @@ def in_a_fork(target: Any, *arguments: Any) -> Any:
 def test_a_sweep_that_is_killed_again_and_again_ends_with_one_row_a_run(
     tmp_path: Path, base: Path, undisturbed: dict[str, dict[str, Any]]
 ) -> None:
-    file, draw, kills = write_sweep(tmp_path, GRID, base=base, rounds=1), random.Random(0), 0
+    file, draw = write_sweep(tmp_path, GRID, base=base, rounds=1), random.Random(0)
+    process = in_a_fork(_kill_itself_at_the_first_row, file)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert 1 <= len(read_sweep(tmp_path / "sweep.csv")) < len(undisturbed)
     for _ in range(MOST_TRIES):
         process = in_a_fork(run_sweep, file)
-        process.join(draw.uniform(0.1, 1.5))
+        process.join(draw.uniform(0.02, 0.5))
         if process.exitcode == 0:
             break
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        kills += 1
-    assert kills > 0
     assert without_time(run_sweep(file)) == undisturbed
     assert without_time(read_sweep(tmp_path / "sweep.csv")) == undisturbed
+
+
+def _kill_itself_at_the_first_row(file: Path) -> None:
+    run_sweep(file, on_row=lambda row: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _kill_a_worker_at_the_first_row(file: Path, folder: Path) -> None:
