@@ -1,9 +1,10 @@
-"""What noise costs and what it buys: held-out loss, epsilon and the strongest attack, over noise and split point.
+"""What noise costs and what it buys: held-out loss, epsilon and attacks, over noise and split point.
 
 A Llama of 260 thousand parameters is fine-tuned on E2E NLG over three clients in one process, with noise on all three
-channels (DP-SGD for the adapters), and a server that knows the base model and has public text attacks what it receives.
-Appends a row for each noise multiplier, split point and attack to CSVs in results/ and skips those that are there, so
-that it may be interrupted. Needs the model and the data beside the repository, in shared/.
+channels (DP-SGD for the adapters), and a server that knows the base model and has public text attacks what it receives:
+tokens behind smashed data, labels behind output gradients. Appends a row for each noise multiplier, split point and
+attack to CSVs in results/ and skips those that are there, so that it may be interrupted. Needs the model and the data
+beside the repository, in shared/.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,12 +22,15 @@ from daemons import machine
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splitfed.config import CodecSection, DataSection, LoraSection, PrivacySection, TrainingSection
+from splitfed.config import CodecSection, DataSection, LoraSection, PrivacySection, ServerConfig, TrainingSection
 from splitfed.config.aggregation import AggregationSection
 from splitfed.models import Partition, partition
 from splitfed.privacy import Ledger, clip, epsilon
 from splitfed.privacy.leakage import AttackResult, Texts, TokenKnowledge, attack_tokens, gaussian_log_density
 from splitfed.privacy.mechanisms import GaussianMechanism
+from splitfed.study.audit_attacks import gradient_results
+from splitfed.study.audit_setting import open_setting
+from splitfed.study.audit_view import protections, view
 from splitfed.training.client_step import causal_lm_loss, count_label_tokens
 from splitfed.training.data import Example, collate, load_examples
 from splitfed.training.protection import Workload, open_gate, settle_clip, settle_noise, smashed_mechanism
@@ -38,6 +42,9 @@ E2E = SHARED / "data" / "e2e"
 RESULTS = Path(__file__).with_name("results")
 NOISE = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02)
 CUTS = ((0, 0), (1, 1), (2, 2))
+ATTACK_NOISE = (*NOISE, 0.05)
+ATTACK_CUTS, LABEL_CUTS = (*CUTS, (3, 1)), (*CUTS, (1, 3))
+Cuts = Sequence[tuple[int, int]]
 CLIENTS, ROWS, DEV_ROWS, MAX_TOKENS = 3, 1000, 200, 160
 TRAINING = TrainingSection(
     rounds=4, local_steps=15, batch_size=12, max_tokens=MAX_TOKENS, learning_rate=3e-3, schedule="constant"
@@ -196,16 +203,43 @@ def attack(noise_multiplier: float, cut: tuple[int, int], public: Texts, private
 
 def attack_grid() -> None:
     """Attack every cell that has no rows yet."""
-    file = RESULTS / "privacy_attacks.csv"
-    there = {key(row) for row in rows_of(file)}
     public, private = texts(load("train.csv", PUBLIC)), texts(load("dev.csv", PRIVATE))
-    for cut in CUTS:
-        for noise_multiplier in NOISE:
+    attack_cells("privacy_attacks.csv", ATTACK_CUTS, lambda noise, cut: attack(noise, cut, public, private))
+
+
+def label_attacks(noise_multiplier: float, cut: tuple[int, int]) -> list[AttackResult]:
+    """Try every attack on the labels behind one output gradient of each private sequence."""
+    config = ServerConfig.model_validate(
+        {
+            "run": {"directory": RESULTS},
+            "model": {"base": str(BASE), "bottom_blocks": cut[0], "top_blocks": cut[1]},
+            "training": {"max_tokens": MAX_TOKENS},
+            "privacy": {"noise_multiplier": noise_multiplier},
+            "codecs": {"smashed": "none", "trunk_output": "none", "output_gradient": "none"},
+        }
+    )
+    public, private = (
+        DataSection(path=str(E2E / file), max_rows=rows, prompt_column="mr", completion_column="ref")
+        for file, rows in (("train.csv", PUBLIC), ("dev.csv", DEV_ROWS))
+    )
+    setting = open_setting(config, public=public, private=private, examples=PRIVATE)
+    protection = protections(setting)[-1]
+    seen = [view(setting, protection, examples) for examples in (setting.public, setting.private)]
+    results = gradient_results(setting, protection, *seen, on_progress=lambda part: None)
+    return [result for result in results if result.target == "labels"]
+
+
+def attack_cells(name: str, cuts: Cuts, attacks: Callable[[float, tuple[int, int]], list[AttackResult]]) -> None:
+    """Make attacks for every cell that has no rows yet."""
+    file = RESULTS / name
+    there = {key(row) for row in rows_of(file)}
+    for cut in cuts:
+        for noise_multiplier in ATTACK_NOISE:
             cell = {"noise_multiplier": noise_multiplier, "bottom_blocks": cut[0], "top_blocks": cut[1]}
             if key(cell) in there:
                 continue
             started_s = time.monotonic()
-            results = attack(noise_multiplier, cut, public, private)
+            results = attacks(noise_multiplier, cut)
             for result in results:
                 low, high = result.interval()
                 append(
@@ -220,24 +254,25 @@ def attack_grid() -> None:
                         "trials": result.trials,
                     },
                 )
-            strongest = max(results, key=lambda result: result.rate)
-            took_s = time.monotonic() - started_s
-            print(f"{cell}: {strongest.attack} recovers {strongest.rate:.1%} of tokens, {took_s:.0f} s", flush=True)
+            best, took_s = max(results, key=lambda result: result.rate), time.monotonic() - started_s
+            print(f"{cell}: {best.attack} recovers {best.rate:.1%} of {best.target}, {took_s:.0f} s", flush=True)
 
 
 def main() -> None:
-    """Fill both tables."""
+    """Fill the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("training", "attacks"), default=None)
+    parser.add_argument("--only", choices=("training", "attacks", "labels"), default=None)
     options = parser.parse_args()
     if not (BASE.is_dir() and E2E.is_dir()):
         print(f"skipped: needs {BASE} and {E2E}")
         return
     torch.set_num_threads(1)
-    if options.only != "attacks":
+    if options.only in (None, "training"):
         train_grid()
-    if options.only != "training":
+    if options.only in (None, "attacks"):
         attack_grid()
+    if options.only in (None, "labels"):
+        attack_cells("privacy_labels.csv", LABEL_CUTS, label_attacks)
 
 
 if __name__ == "__main__":
