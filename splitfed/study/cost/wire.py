@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -134,8 +135,8 @@ def link_cost(
         else:
             backward = training_pb2.Backward(step=step, micro_batch=micro_batch, output_gradient=first)
             message = training_pb2.TrainRequest(number=number, received_below=number, backward=backward)
-        chunks = (training_pb2.TrainRequest(number=number, chunk=bytes(length)) for length in rest)
-        return Crossing(codec.encoded_bytes(size, released), _framed(message, *chunks))
+        wire_bytes = _framed(message) + sum(_request_chunk(number, length) for length in rest)
+        return Crossing(codec.encoded_bytes(size, released), wire_bytes)
 
     def reply(codec: Codec, body: str) -> Crossing:
         first, rest = _tensor(size, raw, codec)
@@ -145,8 +146,8 @@ def link_cost(
         else:
             gradient = training_pb2.SmashedGradient(smashed_gradient=first)
             message = training_pb2.TrainReply(number=number, smashed_gradient=gradient)
-        chunks = (training_pb2.TrainReply(number=number, chunk=bytes(length)) for length in rest)
-        return Crossing(codec.encoded_bytes(size, raw), _framed(message, *chunks))
+        wire_bytes = _framed(message) + sum(_reply_chunk(number, length) for length in rest)
+        return Crossing(codec.encoded_bytes(size, raw), wire_bytes)
 
     nothing = training_pb2.TrainReply(number=number, smashed_gradient=training_pb2.SmashedGradient())
     stepped = training_pb2.Stepped(adapter_version=step, squared_norm=1.0)
@@ -190,6 +191,16 @@ def _tensor(size: Sequence[int], dtype: torch.dtype, codec: Codec) -> tuple[tens
     )
     rest = [min(CHUNK_BYTES, payload_bytes - at) for at in range(CHUNK_BYTES, payload_bytes, CHUNK_BYTES)]
     return first, rest
+
+
+@cache
+def _request_chunk(number: int, length: int) -> int:
+    return _framed(training_pb2.TrainRequest(number=number, chunk=bytes(length)))
+
+
+@cache
+def _reply_chunk(number: int, length: int) -> int:
+    return _framed(training_pb2.TrainReply(number=number, chunk=bytes(length)))
 
 
 def _framed(*messages: training_pb2.TrainRequest | training_pb2.TrainReply | federation_pb2.AdapterChunk) -> int:
