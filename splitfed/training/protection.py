@@ -17,6 +17,7 @@ from splitfed.config import (
 from splitfed.errors import ConfigError, WeightsError
 from splitfed.models import Bottom, Top, adapter_parameters
 from splitfed.privacy import (
+    Composition,
     GaussianSequenceMechanism,
     GaussianTokenMechanism,
     Ledger,
@@ -26,6 +27,7 @@ from splitfed.privacy import (
     PerExampleMechanism,
     StepSampling,
     UpdateMechanism,
+    gaussian_epsilon,
     gaussian_signal,
     poisson_overflow,
     sampled_noise_multiplier_for,
@@ -146,6 +148,39 @@ def settle_noise(privacy: PrivacySection, workload: Workload) -> PrivacySection:
             f"{LEAST_NOISE_MULTIPLIER:g} to {LARGEST_NOISE_MULTIPLIER:g}; {way} epsilon"
         )
     return privacy.model_copy(update={"noise_multiplier": value, "epsilon": None})
+
+
+def run_epsilon(privacy: PrivacySection, workload: Workload) -> float:
+    """State what a whole run will cost the record that is worst off, over all channels, as a ledger will count it.
+
+    Args:
+        privacy: What holds on the device, settled.
+        workload: How often the run releases something of a record.
+
+    Returns:
+        Epsilon at the section's delta and relation; infinite where a channel is without an epsilon.
+
+    Raises:
+        ConfigError: If a secret sample would outgrow its batch too often.
+    """
+    trains = workload.bottom_trains or workload.top_trains
+    open_channels = privacy.open_channels().keys() - (set() if trains else {"adapter"})
+    if open_channels:
+        return math.inf
+    assert privacy.noise_multiplier is not None
+    squared = privacy.noise_multiplier**-2
+    sampling = _sampling(privacy, workload)
+    if sampling is not None and privacy.sample_rate is not None:
+        adapter = (privacy.noise_multiplier_adapter or privacy.noise_multiplier) ** -2 if trains else 0.0
+        spent = Composition(
+            signal=workload.evaluations * squared,
+            sampled={(privacy.sample_rate, 2 * squared + adapter): workload.steps},
+            overflow=min(1.0, workload.steps * sampling.overflow),
+        ).epsilon(privacy.delta, privacy.relation)
+    else:
+        shared, fixed = _releases(privacy, workload)
+        spent = gaussian_epsilon(shared * squared + fixed, privacy.delta)
+    return math.inf if spent is None else spent
 
 
 def with_default_noise(privacy: PrivacySection) -> PrivacySection:

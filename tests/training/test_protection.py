@@ -26,6 +26,7 @@ from splitfed.training.protection import (
     Workload,
     open_gate,
     output_gradient_mechanism,
+    run_epsilon,
     settle_clip,
     settle_noise,
     smashed_mechanism,
@@ -249,7 +250,21 @@ def test_a_calibrated_run_costs_what_was_asked_for_and_hardly_less(
     spend(gate, workload, evaluates=True)
     spent = ledger.spent(None)
     assert spent is not None
-    assert 7.9 < spent <= 8.0
+    assert 7.9 < spent <= run_epsilon(settled, workload) <= 8.0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"noise_multiplier": 0.0}, {"adapter": "none"}, {"smashed": "metric", "eta": 1.0}], ids=str
+)
+def test_a_run_with_a_channel_that_guarantees_nothing_has_an_infinite_epsilon(changes: dict[str, object]) -> None:
+    section = PrivacySection.model_validate({"noise_multiplier": 1.0, **changes})
+    assert run_epsilon(section, Workload(TRAINING, ["a"])) == math.inf
+
+
+def test_nothing_is_spent_on_an_adapter_that_is_not_there() -> None:
+    section = PrivacySection(noise_multiplier=0.5, adapter="none")
+    workload = Workload(TRAINING, [f"r{n}" for n in range(200)], bottom_trains=False, top_trains=False)
+    assert run_epsilon(section, workload) == epsilon([(0.5, 2)], section.delta)
 
 
 @pytest.mark.parametrize("changes", [{"smashed": "metric", "eta": 1.0}, {"adapter": "none"}])
@@ -295,6 +310,7 @@ def test_a_secret_sample_is_calibrated_and_charged_as_one_release_a_step(ledger:
     spent = ledger.spent(None)
     assert spent is not None
     assert 3.8 < spent <= 4.0
+    assert run_epsilon(settle_noise(asked, workload), workload) == pytest.approx(spent, rel=1e-9)
     rows = read_ledger(ledger.path).rows
     assert [row.channel for row in rows] == ["step"] * 12
     assert set(rows[0].channels or ()) == {"smashed", "output_gradient", "adapter"}
