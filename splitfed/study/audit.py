@@ -193,6 +193,8 @@ def _terms(setting: AuditSetting, compared: list[Protection]) -> AuditTerms:
     return AuditTerms(
         run=config.run.name,
         base=shared.model.base,
+        n_blocks=setting.model.config.num_hidden_layers,
+        hidden_size=setting.model.config.hidden_size,
         bottom_blocks=config.model.bottom_blocks,
         top_blocks=config.model.top_blocks,
         max_tokens=setting.max_tokens,
@@ -202,6 +204,7 @@ def _terms(setting: AuditSetting, compared: list[Protection]) -> AuditTerms:
         relation=setting.privacy.relation,
         is_protected=len(compared) > 1,
         configured=configured_noise(setting) if len(compared) > 1 else "",
+        noise_multiplier=setting.privacy.noise_multiplier or 0.0,
     )
 
 

@@ -76,6 +76,8 @@ class AuditTerms:
     Attributes:
         run: Name of the run.
         base: The base model.
+        n_blocks: Blocks of the base model.
+        hidden_size: D.
         bottom_blocks: Blocks of the bottom.
         top_blocks: Blocks of the top.
         max_tokens: The run's T.
@@ -85,10 +87,13 @@ class AuditTerms:
         relation: The neighbouring relation.
         is_protected: Whether the run has any noise on.
         configured: The run's noise in words; empty where it has none.
+        noise_multiplier: The noise multiplier of smashed data and output gradients; 0 where there is none.
     """
 
     run: str
     base: str
+    n_blocks: int
+    hidden_size: int
     bottom_blocks: int
     top_blocks: int
     max_tokens: int
@@ -98,6 +103,7 @@ class AuditTerms:
     relation: str
     is_protected: bool
     configured: str = ""
+    noise_multiplier: float = 0.0
 
     @property
     def cut(self) -> str:

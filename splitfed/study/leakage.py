@@ -34,6 +34,10 @@ class Leakage(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     run: str
+    n_blocks: int | None = None
+    hidden_size: int | None = None
+    max_tokens: int | None = None
+    noise_multiplier: FiniteFloat | None = None
     bottom_blocks: int
     top_blocks: int
     private_sequences: int

@@ -20,7 +20,7 @@ from splitfed.study.audit import (
 from tests.study.audited_run import setting_of, write_config, write_rows
 
 SMALL = Audit(
-    AuditTerms("a", "b", 1, 1, 8, 2, 8, 1e-5, "replace-one", False),
+    AuditTerms("a", "b", 4, 64, 1, 1, 8, 2, 8, 1e-5, "replace-one", False),
     (AuditRow(AttackResult("nearest neighbour", "tokens", 1, 2, 0.1), False),),
     (),
     1.0,

@@ -11,7 +11,9 @@ from splitfed.privacy.leakage import AttackResult
 from splitfed.study.audit_plot import draw
 from splitfed.study.audit_rows import LOWER_BOUND, Audit, AuditRow, AuditTerms, strongest
 
-TERMS = AuditTerms("clinics", "little-llama", 1, 2, 64, 32, 500, 1e-5, "replace-one", True, "noise multiplier 0.5")
+TERMS = AuditTerms(
+    "clinics", "little-llama", 4, 64, 1, 2, 64, 32, 500, 1e-5, "replace-one", True, "noise multiplier 0.5"
+)
 
 
 def row(attack, target, successes, *, on=False, **more):
