@@ -10,11 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from splitfed.models import partition
 from splitfed.privacy import GaussianSequenceMechanism, NoiseStream, clip
 from splitfed.privacy.leakage import Embedding, Texts, TokenKnowledge, attack_tokens, gaussian_log_density
-from splitfed.privacy.leakage.tokens_bayes import BayesAttack, NearestNeighbour
-from splitfed.privacy.leakage.tokens_inverter import learn_to_invert
-from splitfed.privacy.leakage.tokens_public import PublicReleases
-from splitfed.privacy.leakage.tokens_rows import KnownRows
-from splitfed.privacy.leakage.tokens_score import score_tokens
+from splitfed.privacy.leakage.estimate import AttackResult
 from tests.privacy.leakage.token_world import make_world, mix
 
 T, V = 64, 512
@@ -116,63 +112,39 @@ class Reality:
     def smashed(self, knowledge: TokenKnowledge) -> torch.Tensor:
         return knowledge.release(knowledge.hidden(self.private.input_ids_BT))
 
-    def attack_all(self, cut: int, noise_multiplier: float) -> dict[str, float]:
+    def attack_all(self, cut: int, noise_multiplier: float, *, max_steps: int) -> dict[str, AttackResult]:
         knowledge = self.knowledge(cut, noise_multiplier)
         smashed, embedding = self.smashed(knowledge), self.embedding(cut)
-        results = attack_tokens(knowledge, smashed, self.private, embedding=embedding)
+        results = attack_tokens(knowledge, smashed, self.private, embedding=embedding, max_steps=max_steps)
         return {each.attack: each for each in results}
 
 
 @pytest.fixture(scope="module")
-def small(stories260k: Path, e2e: Path) -> Reality:
-    return Reality(stories260k, e2e, public=300, private=40)
+def few(stories260k: Path, e2e: Path) -> Reality:
+    """For attacks whose hits are nearly all or none, gradient descent through the blocks among them."""
+    return Reality(stories260k, e2e, public=300, private=8)
 
 
 @pytest.fixture(scope="module")
-def large(stories260k: Path, e2e: Path) -> Reality:
-    return Reality(stories260k, e2e, public=1000, private=100)
+def many(stories260k: Path, e2e: Path) -> Reality:
+    """For hits that are compared with each other, of which there must be enough."""
+    return Reality(stories260k, e2e, public=300, private=40)
 
 
-@pytest.mark.parametrize("cut", [1, 4])
-def test_without_noise_a_pretrained_models_tokens_are_recovered(small: Reality, cut: int) -> None:
-    knowledge = small.knowledge(cut, 0.0)
-    smashed, public = small.smashed(knowledge), PublicReleases(knowledge)
-    nearest = score_tokens(NearestNeighbour(KnownRows(public)), smashed, small.private, knowledge)
-    probe = score_tokens(next(learn_to_invert(public, max_steps=100)), smashed, small.private, knowledge)
-    assert max(nearest.rate, probe.rate) >= 0.98
-    assert probe.rate >= 0.95
-    assert probe.chance < 0.15
-
-
-@pytest.mark.parametrize("noise_multiplier", [0.01, 0.03])
-def test_under_noise_at_cut_0_a_probe_comes_within_2_points_of_the_most_likely_token(
-    small: Reality, noise_multiplier: float
-) -> None:
-    knowledge = small.knowledge(0, noise_multiplier)
-    smashed, public = small.smashed(knowledge), PublicReleases(knowledge)
-    yardstick = score_tokens(BayesAttack(public, KnownRows(public)), smashed, small.private, knowledge)
-    probe = score_tokens(next(learn_to_invert(public, max_steps=50)), smashed, small.private, knowledge)
-    assert yardstick.rate > 0.5
-    assert probe.rate >= yardstick.rate - 0.02
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("cut", range(BLOCKS + 1))
-def test_without_noise_the_strongest_attack_recovers_98_percent_at_every_cut(large: Reality, cut: int) -> None:
-    results = large.attack_all(cut, 0.0)
+def test_without_noise_a_pretrained_models_tokens_are_recovered_at_every_cut(few: Reality, cut: int) -> None:
+    results = few.attack_all(cut, 0.0, max_steps=20)
     assert max(each.rate for each in results.values()) >= 0.98
     assert min(results[name].rate for name in ("nearest neighbour", "linear probe", "transformer")) >= 0.98
     assert results["gradient descent"].rate >= 0.5
+    assert max(each.chance for each in results.values()) < 0.15
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("noise_multiplier", "least", "most"), [(0.01, 0.98, 1), (0.02, 0.9, 1), (0.04, 0.5, 0.9), (0.1, 0, 0.3)]
-)
+@pytest.mark.parametrize(("noise_multiplier", "least", "most"), [(0.02, 0.9, 1), (0.04, 0.5, 0.9), (0.1, 0, 0.3)])
 def test_under_noise_at_cut_0_what_learns_comes_within_2_points_of_the_most_likely_token(
-    large: Reality, noise_multiplier: float, least: float, most: float
+    many: Reality, noise_multiplier: float, least: float, most: float
 ) -> None:
-    results = large.attack_all(0, noise_multiplier)
+    results = many.attack_all(0, noise_multiplier, max_steps=50)
     yardstick = results["bayes in context"].rate
     assert least < yardstick <= most
     assert results["linear probe"].rate >= yardstick - 0.02
@@ -180,10 +152,9 @@ def test_under_noise_at_cut_0_what_learns_comes_within_2_points_of_the_most_like
     assert max(results["nearest neighbour"].rate, results["bayes"].rate) <= yardstick
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cut", [0, 3])
-def test_overwhelming_noise_leaves_chance(large: Reality, cut: int) -> None:
-    results = large.attack_all(cut, 100.0)
+def test_overwhelming_noise_leaves_chance(few: Reality, cut: int) -> None:
+    results = few.attack_all(cut, 100.0, max_steps=50)
     for result in results.values():
         assert not result.beats_chance(), result.attack
     low, high = results["transformer"].interval()
