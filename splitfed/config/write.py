@@ -6,14 +6,15 @@ from pathlib import Path
 from splitfed.config.section import Section
 
 
-def to_toml(config: Section) -> str:
+def to_toml(config: Section, *, with_defaults: bool = True) -> str:
     """Write a configuration as TOML that the loader reads back to an equal one, from whatever folder.
 
     Args:
         config: A whole file: ``ServerConfig`` or ``AgentConfig``.
+        with_defaults: Spell out what was left out, save where to leave a key out means something else.
 
     Returns:
-        A table for each section; defaults are included, save where to leave a key out means something else.
+        A table for each section.
     """
     blocks = []
     for name, section in config:
@@ -21,8 +22,11 @@ def to_toml(config: Section) -> str:
             keys = [
                 f"{key} = {_literal(value)}"
                 for key, value in section
-                if value is not None and (section.writes_defaults or key in section.model_fields_set)
+                if value is not None
+                and ((with_defaults and section.writes_defaults) or key in section.model_fields_set)
             ]
+            if not keys and not with_defaults:
+                continue
             blocks.append("\n".join([f"[{name}]", *keys]) + "\n")
     return "\n".join(blocks)
 
