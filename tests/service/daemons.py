@@ -1,18 +1,81 @@
 """The real daemons as processes on loopback, for tests: started, watched, ended whatever happens."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 START_S = 90.0
 END_S = 240.0
+ONE_THREAD_OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def warm_context() -> ForkServerContext:
+    """Give what starts processes that have imported the daemons already, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "splitfed.cli.commands",
+            "splitfed.agent.main",
+            "splitfed.server.main",
+            "datasets",
+            "transformers.models.llama.modeling_llama",
+        ]
+    )
+    return context
+
+
+class Forked:
+    """A command of splitfed in a process of its own that was forked from a warm one: signals, files and ends are real.
+
+    Args:
+        arguments: The command's.
+        log: Where it prints to.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        given = {"target": _command, "args": (list(arguments), str(log), {**os.environ, **ONE_THREAD_OFFLINE})}
+        log.touch()
+        self._process: ForkServerProcess = warm_context().Process(daemon=True, **given)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """Give the exit status; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end; gives the exit status."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """Kill it."""
+        self._process.kill()
+
+
+def _command(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    from splitfed.cli import main
+
+    main(arguments)
 
 
 def toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
@@ -30,10 +93,12 @@ class Daemons:
 
     Attributes:
         folder: Where their files are.
+        is_warm: Fork them from a process that has imported all they need; else each is `python -m splitfed`.
     """
 
     folder: Path
-    processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    is_warm: bool = True
+    processes: dict[str, subprocess.Popen[str] | Forked] = field(default_factory=dict)
 
     @property
     def run(self) -> Path:
@@ -100,6 +165,9 @@ class Daemons:
                 process.wait()
 
     def _start(self, name: str, *arguments: str) -> None:
+        if self.is_warm:
+            self.processes[name] = Forked(arguments, self.folder / f"{name}.log")
+            return
         with (self.folder / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "splitfed", *arguments],
@@ -107,5 +175,5 @@ class Daemons:
                 stdout=log,
                 stderr=log,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, **ONE_THREAD_OFFLINE},
             )

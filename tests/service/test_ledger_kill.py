@@ -1,6 +1,5 @@
 """The ledger never under-counts: an agent is killed at any instant, and no more has left it than it has charged."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -23,6 +22,7 @@ from splitfed.server.services import TrainingService
 from splitfed.server.services import training as training_service
 from splitfed.server.sessions import Operation
 from tests.service.conftest import server_config, write_texts
+from tests.service.daemons import warm_context
 from tests.service.local import agent_config, serving, wait_until
 
 KILLS = 5
@@ -106,8 +106,7 @@ def charged(rows: Sequence[Row]) -> Tally:
 
 def start(config: AgentConfig) -> ForkServerProcess:
     """Start an agent in a process of its own, forked off one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["splitfed.agent.main"])
+    context = warm_context()
     process = context.Process(target=run_agent, args=(config,), daemon=True)
     process.start()
     return process
