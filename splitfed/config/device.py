@@ -14,6 +14,7 @@ from splitfed.errors import ConfigError
 
 MatmulDtype = Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
 RatePoint = Annotated[list[float], Field(min_length=2, max_length=2)]
+RateTable = Annotated[list[RatePoint], Field(min_length=1)]
 
 _LEAST_RATE, _LARGEST_RATE = 1e6, 1e17
 """A microcontroller; a rack of accelerators."""
@@ -41,30 +42,45 @@ class ProcessSection(Section):
     """Memory of its libraries."""
 
 
-class MatmulSection(Section):
-    """How fast matrix products are: for each number format, pairs of FLOPs of one product and FLOP/s."""
+class _RatesSection(Section):
+    """For each number format, pairs of a size and of FLOP/s at that size."""
 
-    float32: Annotated[list[RatePoint], Field(min_length=1)]
-    """Rates in float32, which adapters are in whatever the model is in."""
-    bfloat16: Annotated[list[RatePoint], Field(min_length=1)] | None = None
-    """Rates in bfloat16; left out = not measured."""
-    float16: Annotated[list[RatePoint], Field(min_length=1)] | None = None
-    """Rates in float16; left out = not measured."""
-
-    @field_validator("float32", "bfloat16", "float16")
+    @field_validator("float32", "bfloat16", "float16", check_fields=False)
     @classmethod
     def _is_a_table_of_rates(cls, value: list[list[float]] | None) -> list[list[float]] | None:
-        for flops, rate in value or ():
-            if not flops >= 1:
-                raise ValueError(f"has a product of {flops:g} FLOPs; give 1 or more")
+        for size, rate in value or ():
+            if not size >= 1:
+                raise ValueError(f"has the size {size:g}; give 1 or more")
             if not _LEAST_RATE <= rate <= _LARGEST_RATE:
                 raise ValueError(
                     f"has a rate of {rate:g} FLOP/s, which no device has; give one from {_LEAST_RATE:g} to "
                     f"{_LARGEST_RATE:g}, or measure it with splitfed profile"
                 )
         if value is not None and any(a[0] >= b[0] for a, b in pairwise(value)):
-            raise ValueError("has products that do not grow; put them in order, each size once")
+            raise ValueError("has sizes that do not grow; put them in order, each size once")
         return value
+
+
+class MatmulSection(_RatesSection):
+    """How fast matrix products are: for each number format, pairs of FLOPs of one product and FLOP/s."""
+
+    float32: RateTable
+    """Rates in float32, which adapters are in whatever the model is in."""
+    bfloat16: RateTable | None = None
+    """Rates in bfloat16; left out = not measured."""
+    float16: RateTable | None = None
+    """Rates in float16; left out = not measured."""
+
+
+class AttentionSection(_RatesSection):
+    """How fast a fused attention is: for each number format, pairs of elements of a head and FLOP/s."""
+
+    float32: RateTable | None = None
+    """Rates in float32; left out = those of matrix products."""
+    bfloat16: RateTable | None = None
+    """Rates in bfloat16; left out = those of matrix products."""
+    float16: RateTable | None = None
+    """Rates in float16; left out = those of matrix products."""
 
 
 class ComputeSection(Section):
@@ -74,6 +90,8 @@ class ComputeSection(Section):
     """Bytes that elementwise operations read and write in a second."""
     call_s: Annotated[float, Field(ge=0, le=1)]
     """Seconds that calling one operation takes."""
+    request_s: Annotated[float, Field(ge=0, le=10)] = 1e-3
+    """Seconds that a request takes at its one end, agent or server, beside its computation, its tensors and the way."""
     noise_elements_per_s: PerSecond = 5e7
     """Elements that are clipped and noised in a second."""
     correction: Annotated[float, Field(ge=0.1, le=10)] = 1.0
@@ -125,33 +143,43 @@ class DeviceProfile(Section):
     device: DeviceSection
     matmul: MatmulSection
     compute: ComputeSection
+    attention: AttentionSection = AttentionSection()
     process: ProcessSection = ProcessSection()
     codecs: CodecRates = CodecRates()
     link: LinkSection | None = None
 
-    def rate(self, dtype: str, flops: float) -> float:
+    def rate(self, dtype: str, flops: float, *, head_size: int = 0) -> float:
         """Give the rate of matrix products of some size, FLOP/s, between the sizes that were measured.
 
         Args:
             dtype: "float32", "bfloat16" or "float16".
             flops: FLOPs of one product.
+            head_size: Elements of a head, for a fused attention; 0 for a plain product.
 
         Raises:
             ConfigError: If the profile has no rate for the dtype.
         """
+        of_heads = getattr(self.attention, dtype, None) if head_size else None
+        if of_heads is not None:
+            return _between(of_heads, head_size)
         points = getattr(self.matmul, dtype, None)
         if points is None:
             raise ConfigError(
                 f"The profile of {self.device.name!r} has no rate for {dtype}; add matmul.{dtype}, or measure the "
                 "device with splitfed profile"
             )
-        if flops <= points[0][0]:
-            return float(points[0][1])
-        for (below, slow), (above, fast) in pairwise(points):
-            if flops <= above:
-                part = math.log(flops / below) / math.log(above / below)
-                return float(slow * (fast / slow) ** part)
-        return float(points[-1][1])
+        return _between(points, flops)
+
+
+def _between(points: list[list[float]], size: float) -> float:
+    """Give the rate at a size: on a straight line between its neighbours, with both axes logarithmic."""
+    if size <= points[0][0]:
+        return float(points[0][1])
+    for (below, slow), (above, fast) in pairwise(points):
+        if size <= above:
+            part = math.log(size / below) / math.log(above / below)
+            return float(slow * (fast / slow) ** part)
+    return float(points[-1][1])
 
 
 def load_profile(path: Path | str) -> DeviceProfile:

@@ -13,10 +13,11 @@ from datetime import date
 from typing import Final
 
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from splitfed.compress import CODECS
 from splitfed.config.device import (
+    AttentionSection,
     CodecRates,
     ComputeSection,
     DeviceProfile,
@@ -25,19 +26,23 @@ from splitfed.config.device import (
     MatmulSection,
     ProcessSection,
 )
-from splitfed.models import LoraSettings
+from splitfed.models import LoraSettings, add_adapter, partition
 from splitfed.privacy import GaussianSequenceMechanism
 from splitfed.study.cost.parts import block_cost
 from splitfed.study.cost.shape import DTYPES, ModelShape, model_shape
 from splitfed.study.cost.timing import compute_s
 from splitfed.study.cost.workload import Workload
+from splitfed.study.profile_request import request_s
 from splitfed.training.runtime import prepare_process
 
 Progress = Callable[[str], None]
 
 _ROWS: Final = 512
-_WIDTH: Final = 384
+_WIDTH, _NARROW = 384, 64
 _WIDTHS: Final = (16, 64, 256, 768, 2048)
+_ATTENTION: Final = (2, 8, 128)
+_HEAD_SIZES: Final = (8, 32, 128)
+_PRODUCTS: Final = 2 + 5  # of an attention's forward, and of its backward
 _CROSSING: Final = (4, 128, 768)
 _CHAIN_ELEMENTS: Final = 1 << 21
 _TRY_S: Final = 0.005
@@ -67,10 +72,11 @@ def measure_device(
     prepare_process(threads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tables = {}
+        products, attentions = {}, {}
         for dtype in DTYPES:
             on_progress(f"matrix products in {dtype}")
-            tables[dtype] = _rates(dtype)
+            products[dtype] = _rates(dtype)
+            attentions[dtype] = _attention_rates(dtype)
         on_progress("memory")
         bandwidth = _bandwidth()
         on_progress("codecs and noise")
@@ -80,13 +86,16 @@ def measure_device(
         call_s = _call_s()
     profile = DeviceProfile(
         device=DeviceSection(name=platform.node() or "this device", source=_source(), memory_bytes=_memory_bytes()),
-        matmul=MatmulSection(**tables),
+        matmul=MatmulSection(**products),
+        attention=AttentionSection(**attentions),
         compute=ComputeSection(bandwidth_bytes_per_s=bandwidth, call_s=call_s, noise_elements_per_s=noise),
         process=ProcessSection(memory_bytes=_bare_process_bytes()),
         codecs=codecs,
         link=link,
     )
-    return _corrected(profile)
+    profile = _corrected(profile)
+    on_progress("requests")
+    return _with(profile, request_s=request_s(_model(_NARROW, blocks=3), profile))
 
 
 def _rates(dtype: str) -> list[list[float]]:
@@ -98,6 +107,26 @@ def _rates(dtype: str) -> list[list[float]]:
         points.append([flops, flops / _best_s(lambda a=a, b=b: a @ b)])  # type: ignore[misc]
         if points[-1][0] / points[-1][1] > _LONG_S:
             break  # larger ones are no faster, and take long
+    return points
+
+
+def _attention_rates(dtype: str) -> list[list[float]]:
+    """Measure a fused attention, forward and backward; gives pairs of elements of a head and FLOP/s."""
+    sequences, heads, tokens = _ATTENTION
+    points = []
+    for size in _HEAD_SIZES:
+        query, key, value, gradient = (
+            torch.randn(sequences, tokens, heads, size).to(DTYPES[dtype]).transpose(1, 2) for _ in range(4)
+        )
+        for each in (query, key, value):
+            each.requires_grad_()
+
+        def both_ways(query=query, key=key, value=value, gradient=gradient) -> None:  # type: ignore[no-untyped-def]
+            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            torch.autograd.grad(output, (query, key, value), gradient)
+
+        flops = _PRODUCTS * 2.0 * sequences * heads * tokens * tokens * size
+        points.append([size, flops / _best_s(both_ways)])
     return points
 
 
@@ -124,15 +153,15 @@ def _codec_rate(name: str) -> float:
 
 def _noise_rate() -> float:
     mechanism, x_BTD = GaussianSequenceMechanism(1.0, 1.0), torch.randn(_CROSSING)
-    return x_BTD.numel() / _best_s(lambda: mechanism.release(x_BTD))
+    return x_BTD.numel() / _best_s(lambda: mechanism.release(x_BTD), enough_s=2 * _ENOUGH_S)
 
 
 def _call_s() -> float:
     """Measure what a call takes: a block so small that nothing else counts."""
-    shape = _block_of(64)
+    shape = _block_of(_NARROW)
     workload = Workload(batch_size=1, tokens=8)
     cost = block_cost(shape, 0, workload, goes_on=True)
-    return _block_s(64, workload) / (cost.forward + cost.backward).operations
+    return _block_s(_NARROW, workload) / (cost.forward + cost.backward).operations
 
 
 def _corrected(profile: DeviceProfile) -> DeviceProfile:
@@ -141,15 +170,19 @@ def _corrected(profile: DeviceProfile) -> DeviceProfile:
     cost = block_cost(_block_of(_WIDTH), 0, workload, goes_on=True)
     computed_s = compute_s(cost.forward + cost.backward, profile)
     correction = min(max(_block_s(_WIDTH, workload) / computed_s, 0.1), 10.0)
-    return profile.model_copy(update={"compute": profile.compute.model_copy(update={"correction": correction})})
+    return _with(profile, correction=correction)
 
 
-def _config_of(width: int) -> LlamaConfig:
+def _with(profile: DeviceProfile, **figures: float) -> DeviceProfile:
+    return profile.model_copy(update={"compute": profile.compute.model_copy(update=figures)})
+
+
+def _config_of(width: int, *, blocks: int = 1) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=64,
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=1,
+        num_hidden_layers=blocks,
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,
         max_position_embeddings=256,
@@ -158,18 +191,17 @@ def _config_of(width: int) -> LlamaConfig:
     )
 
 
+def _model(width: int, *, blocks: int = 1) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(_config_of(width, blocks=blocks))
+
+
 def _block_of(width: int) -> ModelShape:
     return model_shape(_config_of(width))
 
 
 def _block_s(width: int, workload: Workload) -> float:
     """Time a real block with its adapter, forward and backward."""
-    from transformers import AutoModelForCausalLM
-
-    from splitfed.models import add_adapter, partition
-
-    model = AutoModelForCausalLM.from_config(_config_of(width))
-    trunk = partition(model, bottom_blocks=0, top_blocks=0).trunk
+    trunk = partition(_model(width), bottom_blocks=0, top_blocks=0).trunk
     add_adapter(trunk, LoraSettings(), seed=0)
     trunk.train()
     hidden_BTD = torch.randn(workload.sequences, workload.tokens, width, requires_grad=True)
@@ -182,19 +214,23 @@ def _block_s(width: int, workload: Workload) -> float:
 
 
 def _best_s(work: Callable[[], object], *, enough_s: float = _ENOUGH_S) -> float:
-    """Give the seconds of the fastest try, after a warm-up; short work is done often in a try, long work tried less."""
+    """Give the seconds of the fastest try, after a warm-up; short work is done often in a try, long work tried less.
+
+    With one thread it is the seconds on the processor, which other processes take none of.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     work()
-    begun_s = started_s = time.perf_counter()
+    begun_s, started_s = time.perf_counter(), clock()
     work()
-    best_s = time.perf_counter() - started_s
+    best_s = clock() - started_s
     times = max(1, round(_TRY_S / max(best_s, 1e-9)))
     for _ in range(_TRIES):
-        started_s = time.perf_counter()
-        if started_s - begun_s > enough_s:
+        if time.perf_counter() - begun_s > enough_s:
             break
+        started_s = clock()
         for _ in range(times):
             work()
-        best_s = min(best_s, (time.perf_counter() - started_s) / times)
+        best_s = min(best_s, (clock() - started_s) / times)
     return best_s
 
 

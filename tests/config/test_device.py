@@ -46,6 +46,14 @@ def test_rates_lie_between_those_of_the_next_sizes(file: Path) -> None:
     assert rates == pytest.approx([1e9, 1e9, 2e9, 4e9, 4e9])
 
 
+def test_attention_has_rates_by_size_of_head_where_they_were_measured(file: Path) -> None:
+    assert load_profile(file).rate("float32", 1e8, head_size=8) == pytest.approx(4e9)
+    file.write_text(GOOD + "\n[attention]\nfloat32 = [[8, 1e8], [32, 4e8]]\n")
+    profile = load_profile(file)
+    rates = [profile.rate("float32", 1e8, head_size=size) for size in (0, 4, 8, 16, 32, 256)]
+    assert rates == pytest.approx([4e9, 1e8, 1e8, 2e8, 4e8, 4e8])
+
+
 def test_a_number_format_that_was_not_measured_is_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"phone.*bfloat16.*splitfed profile"):
         load_profile(file).rate("bfloat16", 1e6)
@@ -60,12 +68,14 @@ def test_a_number_format_that_was_not_measured_is_refused(file: Path) -> None:
         ("1e8, 4e9", "1e8, 1e30", "1e+30 FLOP/s, which no device has"),
         ("1e8, 4e9", "1e8, 0.0", "0 FLOP/s, which no device has"),
         ("1e8, 4e9", "1e8, nan", "must be a finite number"),
-        ("1e8, 4e9", "1e5, 4e9", "products that do not grow"),
+        ("1e8, 4e9", "1e5, 4e9", "sizes that do not grow"),
         ("[[1e6, 1e9], [1e8, 4e9]]", "[]", "must be a list that is not empty"),
         ("call_s = 1e-5", "call_s = inf", "must be a finite number"),
         ("call_s = 1e-5", "calls_s = 1e-5", "did you mean compute.call_s?"),
         ("latency_s = 0.04", "latency_s = -0.04", "link.latency_s must be at least 0"),
         ("up_bits_per_s = 20e6", 'up_bits_per_s = "20mbit"', "link.up_bits_per_s must be a number"),
+        ("call_s = 1e-5", "call_s = 1e-5\nrequest_s = 60", "compute.request_s must be at most 10"),
+        ("[link]", "[attention]\nfloat16 = [[0, 1e9]]\n[link]", "has the size 0; give 1 or more"),
         ('source = "data sheet"', "", "device.source is missing"),
         ("[compute]", "[compute", "is not valid TOML"),
     ],

@@ -26,7 +26,7 @@ _SERVER_COPIES = 6
 """Of the trunk's on the server: in the module, in the run's state, trained, as this version has it, what a round
 leaves, and its mean."""
 _MOMENTS = 2
-_ADAMW_OPERATIONS, _ADAMW_TRAFFIC_ITEMS = 16, 16
+_ADAMW_OPERATIONS, _ADAMW_TRAFFIC_ITEMS = 8, 16
 """Calls of torch's AdamW for each tensor, with the check of the gradients' norm; elements read and written for each."""
 _CLIP_OPERATIONS, _CLIP_TRAFFIC_ITEMS = 8, 8
 """The same for clipping and summing each example's gradient."""

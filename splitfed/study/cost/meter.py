@@ -50,18 +50,28 @@ FLOPS_BESIDE_TORCH: Final[Mapping[Any, Callable[..., int]]] = {
 """Formulas that torch's own counter lacks, as its ``custom_mapping`` takes them."""
 
 
+_ATTENTION: Final = frozenset(
+    {
+        _aten._scaled_dot_product_flash_attention_for_cpu,
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    }
+)
+
+
 class Matmul(NamedTuple):
-    """One size of matrix product.
+    """One size of matrix product, or of a fused attention.
 
     Attributes:
         dtype: Element type, such as "float32".
         flops: Of one call.
         traffic_bytes: What one call reads and writes.
+        head_size: Elements of an attention's head; 0 for a plain product.
     """
 
     dtype: str
     flops: int
     traffic_bytes: int
+    head_size: int = 0
 
 
 @dataclass
@@ -155,7 +165,8 @@ class Meter(TorchDispatchMode):
             self.work.traffic_bytes += traffic_bytes
             return
         dtype = str(tensors[0].dtype).removeprefix("torch.")
-        self.work.matmuls[Matmul(dtype, flops, traffic_bytes)] += 1
+        head_size = tensors[0].shape[-1] if packet in _ATTENTION else 0
+        self.work.matmuls[Matmul(dtype, flops, traffic_bytes, head_size)] += 1
 
     def _note_storage(self, storage: torch.UntypedStorage, before: list[torch.UntypedStorage]) -> None:
         if storage in self._known or any(storage is each for each in before):

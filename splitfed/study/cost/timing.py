@@ -52,6 +52,10 @@ def step_time(costs: Costs, agent: DeviceProfile, server: DeviceProfile, link: L
     )
     forward_s, backward_s = (work(stage, device=server) for stage in (costs.trunk_forward, costs.trunk_backward))
     update_s, trunk_update_s = work(costs.agent_update, device=agent), work(costs.server_update, device=server)
+    bottom_s, top_s = bottom_s + agent.compute.request_s, top_s + agent.compute.request_s
+    forward_s, backward_s, trunk_update_s = (
+        work_s + server.compute.request_s for work_s in (forward_s, backward_s, trunk_update_s)
+    )
 
     now_s = 0.0
     waiting: list[float] = []
@@ -113,7 +117,7 @@ def compute_s(work: Work, device: DeviceProfile) -> float:
     compute = device.compute
     total_s = work.operations * compute.call_s + work.traffic_bytes / compute.bandwidth_bytes_per_s
     for each, calls in work.matmuls.items():
-        rate = device.rate(each.dtype, each.flops)
+        rate = device.rate(each.dtype, each.flops, head_size=each.head_size)
         total_s += calls * max(each.flops / rate, each.traffic_bytes / compute.bandwidth_bytes_per_s)
     return total_s * compute.correction
 
