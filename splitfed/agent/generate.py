@@ -1,33 +1,17 @@
 """The command that generates: prompts in, text out, through the server's trunk."""
 
 import logging
-import signal
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from types import FrameType
 
-from torch import Tensor
-
-from splitfed.agent.generate_calls import GenerateCalls, LastRound
-from splitfed.agent.generate_setup import Generator, open_generator
-from splitfed.agent.own_run import own_run
-from splitfed.agent.state import PERSONAL, AgentState
-from splitfed.config import AgentConfig, refuse_plain_text
-from splitfed.errors import LinkError, NonFiniteLoss, PrivacyError, SplitFedError
-from splitfed.privacy import UNIT, Ledger, witness_folder
-from splitfed.privacy.row_by_row import RowByRowMechanism
+from splitfed.agent.generate_session import Release, Session, as_a_command, open_session
+from splitfed.config import AgentConfig
 from splitfed.training.decoding import Decoding, generate
 from splitfed.training.generated_releases import GeneratedReleases
 from splitfed.training.generation import GenerationLink
 from splitfed.training.prompts import Prompt, PromptReader, Wanted, declared_length
-from splitfed.training.runtime import prepare_process
 from splitfed.training.text_pieces import TextPieces
 
 _log = logging.getLogger(__name__)
-
-
-class _Stopped(BaseException):
-    """A signal asked to stop."""
 
 
 def run_generate(config: AgentConfig, wanted: Wanted, *, write: Callable[[str], object], insecure: bool = False) -> int:
@@ -45,12 +29,7 @@ def run_generate(config: AgentConfig, wanted: Wanted, *, write: Callable[[str], 
     Raises:
         SplitFedError: What keeps it from being generated.
     """
-    refuse_plain_text({"agent.server": config.agent.server}, has_tls=config.tls is not None, insecure=insecure)
-    prepare_process(config.agent.threads)
-    before = signal.signal(signal.SIGTERM, _stop)
-    with ExitStack() as opened:
-        opened.callback(signal.signal, signal.SIGTERM, before)
-        opened.enter_context(suppress(_Stopped))  # what was charged was charged
+    with as_a_command(config, insecure=insecure):
         generate_here(config, wanted, write=write)
     return 0
 
@@ -61,115 +40,56 @@ def generate_here(config: AgentConfig, wanted: Wanted, *, write: Callable[[str],
     Returns:
         The tokens of each text.
     """
-    with ExitStack() as opened:
-        state = AgentState(config.agent.state_directory)
-        opened.callback(state.close)
-        ledger = opened.enter_context(Ledger(state.ledger_path, witnesses=witness_folder()))
-        calls = GenerateCalls(config, state.agent_id)
-        opened.callback(calls.close)
-        run, folder = calls.base_folder(state.base_cache, own=lambda run: own_run(config.agent, run))
-        generator = open_generator(config, run, folder, ledger)
-        prompts = PromptReader(config.data, generator.tokenizer, ledger.record_hash).of(wanted)
+    with open_session(config) as session:
+        generator = session.generator
+        prompts = PromptReader(config.data, generator.tokenizer, session.ledger.record_hash).of(wanted)
         max_tokens = declared_length(
             prompts, wanted.max_tokens or generator.run.training.max_tokens, positions=generator.positions
         )
-        last = calls.last_round(generator)
-        generator.begin(last.state, _kept(state, generator, last))
-        releases = GeneratedReleases(
-            generator.privacy,
-            ledger,
-            generator.run_id,
-            last.number,
-            max_tokens,
-            is_coupled=bool(generator.personal) and generator.privacy.adapter != "dp-sgd",
-        )
+        releases = session.releases("generate", session.take_last_round(), max_tokens)
         releases.check_budget([prompt.record for prompt in prompts])
-        _log.info("generating with round %d of the run %s", last.number, generator.run_id)
-        texts = _texts(calls, generator, releases, prompts, wanted, write)
-        _say_what_it_cost(releases, ledger, len(prompts))
+        _log.info("generating with round %d of the run %s", releases.round, generator.run_id)
+        decoding = Decoding(temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed)
+        texts = texts_after(session, releases, prompts, decoding, write=write)
+        for sentence in releases.summary():
+            _log.log(logging.INFO if releases.is_noisy else logging.WARNING, sentence)
         return texts
 
 
-def _texts(
-    calls: GenerateCalls,
-    generator: Generator,
+def texts_after(
+    session: Session,
     releases: GeneratedReleases,
     prompts: Sequence[Prompt],
-    wanted: Wanted,
+    decoding: Decoding,
+    *,
     write: Callable[[str], object],
 ) -> list[list[int]]:
-    decoding = Decoding(temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed)
-    texts, failure = list[list[int]](), None
-    for index, prompt in enumerate(prompts):
-        try:
-            with calls.link(generator, releases.round, max_tokens=releases.max_tokens) as link:
-                mechanism = releases.open(prompt.record, index)
-                text = _text(link, generator, mechanism, prompt, decoding, write, max_tokens=releases.max_tokens)
-                texts.append(text)
-        except (LinkError, PrivacyError):
-            raise
-        except (OSError, SplitFedError) as error:  # with noise on how many texts are begun depends on none of them
-            if not releases.is_noisy:
-                raise
-            failure = failure or error
-    if failure is not None:
-        raise failure
-    return texts
+    """Write a text after each prompt.
 
+    Args:
+        session: The agent, at the end of the round that ``releases`` is of.
+        releases: What may leave.
+        prompts: The prompts.
+        decoding: Chooses tokens.
+        write: Takes the text, piece by piece; each text ends with the end of a line.
 
-def _text(
-    link: GenerationLink,
-    generator: Generator,
-    mechanism: RowByRowMechanism | None,
-    prompt: Prompt,
-    decoding: Decoding,
-    write: Callable[[str], object],
-    *,
-    max_tokens: int,
-) -> list[int]:
-    text = generate(
-        link,
-        generator.bottom,
-        generator.top,
-        prompt.input_ids,
-        max_tokens=max_tokens,
-        end_tokens=generator.end_tokens,
-        decoding=decoding,
-        release=None if mechanism is None else mechanism.release,
-        filler=generator.filler,
-        on_token=TextPieces(generator.tokenizer, write).take,
-    )
-    if mechanism is not None and not mechanism.was_finite:
-        raise NonFiniteLoss("A row of smashed data was not finite and left as noise alone; train the adapter again.")
-    return text
+    Returns:
+        The tokens of each text, with the one that ended it.
+    """
+    generator = session.generator
 
+    def text_after(link: GenerationLink, prompt: Prompt, release: Release | None) -> list[int]:
+        return generate(
+            link,
+            generator.bottom,
+            generator.top,
+            prompt.input_ids,
+            max_tokens=releases.max_tokens,
+            end_tokens=generator.end_tokens,
+            decoding=decoding,
+            release=release,
+            filler=generator.filler,
+            on_token=TextPieces(generator.tokenizer, write).take,
+        )
 
-def _kept(state: AgentState, generator: Generator, last: LastRound) -> dict[str, Tensor]:
-    """Give the tensors that this agent keeps to itself, as of its last round up to that one; none before its first."""
-    rounds = [round for round in state.rounds_kept(generator.run_key) if round <= last.number]
-    if not generator.personal or not rounds:
-        return {}
-    found = state.optimiser_after(generator.run_key, rounds[-1])
-    if found is None:
-        _log.warning("the personal adapter after round %d cannot be read; the run's is used", rounds[-1])
-        return {}
-    return {name: found[f"{PERSONAL}{name}"] for name in generator.personal if f"{PERSONAL}{name}" in found}
-
-
-def _say_what_it_cost(releases: GeneratedReleases, ledger: Ledger, sequences: int) -> None:
-    if not releases.is_noisy:
-        _log.warning("noise was off: the prompts and the texts can be read from what left, and nothing is guaranteed")
-        return
-    _log.info(
-        "charged: %d sequences of %d tokens with noise multiplier %g, unit %s, relation %s",
-        sequences,
-        releases.max_tokens,
-        releases.privacy.noise_multiplier,
-        UNIT,
-        releases.privacy.relation,
-    )
-    _log.info("privacy in total: %s", ledger.total_statement())
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped
+    return session.one_by_one(releases, prompts, text_after)

@@ -1,6 +1,6 @@
 """What an agent sets up to generate: its segments with the adapters of the last whole round, and what may leave."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,11 @@ class Generator:
             if isinstance(token, int):
                 return token
         return 0
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Give the text of tokens, without what ended it."""
+        stop = next((at for at, token in enumerate(tokens) if token in self.end_tokens), len(tokens))
+        return str(self.tokenizer.decode(list(tokens[:stop]), skip_special_tokens=True))
 
     def begin(self, state: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
         """Put bottom and top at a round's end.

@@ -3,7 +3,7 @@
 import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, Protocol
 
 import typer
 
@@ -19,6 +19,8 @@ Base = Annotated[
 Round = Annotated[
     int | None, typer.Option("--round", metavar="N", help="The round whose adapter is used; left out = the last.")
 ]
+
+_COLUMNS: Final = ("text", "prompt", "completion", "messages")
 
 
 def generate(
@@ -44,6 +46,11 @@ def generate(
         float | None, typer.Option("--top-p", help="Draw among the likeliest tokens of so much probability together.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the draws.")] = None,
+    base: Base = None,
+    round: Round = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter/--no-adapter", help="With --run: text of the base model alone, to compare.")
+    ] = True,
     insecure: Insecure = False,
 ) -> None:
     """Generate text with a run's last whole round."""
@@ -61,6 +68,8 @@ def generate(
         raise ConfigError(f"--top-p is {top_p:g}; give a probability above 0, at most 1")
     if seed is not None and not 0 <= seed < 2**63:
         raise ConfigError(f"--seed is {seed}; give 0 or more")
+    if run is None and (base is not None or round is not None or not adapter):
+        raise ConfigError("--base, --round and --no-adapter are for --run; with --config, the server has the model")
     settings = None if config is None else load_agent_config(config)
     log_to_stderr()
     from splitfed.training.prompts import Wanted
@@ -69,7 +78,7 @@ def generate(
     if run is not None:
         from splitfed.study.generate_run import generate_from_run
 
-        generate_from_run(run, wanted, write=_write)
+        generate_from_run(run, wanted, write=_write, base=base, round=round, with_adapter=adapter)
     if settings is not None:
         from splitfed.agent.generate import run_generate
 
@@ -77,8 +86,19 @@ def generate(
 
 
 def evaluate(
-    run_directory: RunDirectory,
-    data: Annotated[Path, typer.Option("--data", metavar="FILE", help="Text to measure on, never trained on.")],
+    run_directory: Annotated[
+        Path | None, typer.Argument(metavar="[RUN_DIR]", help="The server's run directory: one process, no daemons.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="In place of it: an agent's configuration, through its server."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Text to measure on, never trained on; with --config: else held_out_path."
+        ),
+    ] = None,
     base: Base = None,
     round: Round = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="Rows to read at most.")] = None,
@@ -94,36 +114,34 @@ def evaluate(
     prompt_column: PromptColumn = "prompt",
     completion_column: CompletionColumn = "completion",
     messages_column: MessagesColumn = "messages",
+    insecure: Insecure = False,
 ) -> None:
     """Measure what a run has changed: loss, perplexity, texts."""
+    if (config is None) == (run_directory is None):
+        raise ConfigError("give either RUN_DIR, a run directory, or --config FILE, an agent's configuration")
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit is {limit}; give 1 or more")
     if max_tokens is not None and not writes_texts:
         raise ConfigError("--max-tokens says how long texts become; give --generate, too, or leave it out")
     if max_tokens is not None and max_tokens < 2:
         raise ConfigError(f"--max-tokens is {max_tokens}; give 2 or more, prompt included")
-    if not data.is_file():
+    if data is not None and not data.is_file():
         raise ConfigError(f"{data}: no such file; give --data the path of one")
-    from splitfed.study.command_line import Columns, in_words_of_options, stages_on_stderr
-    from splitfed.study.evaluate import evaluate_run
-    from splitfed.study.run_folder import open_run
-    from splitfed.training.runtime import prepare_process
-
-    run = open_run(run_directory, round=round)
-    section = Columns(text_column, prompt_column, completion_column, messages_column).section(data)
-    prepare_process(run.config.server.threads)
-    try:
-        with stages_on_stderr() as on_stage:
-            found = evaluate_run(
-                run,
-                section.model_copy(update={"max_rows": limit}),
-                base=base,
-                writes_texts=writes_texts,
-                max_tokens=max_tokens,
-                on_stage=on_stage,
-            )
-    except DataError as error:
-        raise in_words_of_options(str(error)) from error
+    columns = (text_column, prompt_column, completion_column, messages_column)
+    if run_directory is not None:
+        if data is None:
+            raise ConfigError("there is nothing to measure on; give --data FILE")
+        found = _evaluated(run_directory, data, columns, base, round, limit, writes_texts, max_tokens)
+    else:
+        assert config is not None
+        if base is not None or round is not None:
+            raise ConfigError("--base and --round are for a run directory; with --config, the server has both")
+        if columns != _COLUMNS:
+            raise ConfigError("with --config, the columns are those of its [data]; name them there")
+        served = _evaluated_by_server(config, data, limit, writes_texts, max_tokens, insecure=insecure)
+        if served is None:
+            return
+        found = served
     if as_json:
         with writing_to_stdout():
             typer.echo(found.as_json())
@@ -189,6 +207,76 @@ def report(
     write_report(run_directory, page, agent_directories=folders, audit_folder=audit, title=title)
     with writing_to_stdout():
         typer.echo(str(page))
+
+
+class _Found(Protocol):
+    """What an evaluation found, as it is shown."""
+
+    def as_json(self) -> str:
+        """Give everything as one JSON object."""
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Give headings and rows for a terminal."""
+
+    def summary(self) -> list[str]:
+        """Give the sentences below the table."""
+
+
+def _evaluated(
+    directory: Path,
+    data: Path,
+    columns: tuple[str, str, str, str],
+    base: str | None,
+    round: int | None,
+    limit: int | None,
+    writes_texts: bool,
+    max_tokens: int | None,
+) -> _Found:
+    from splitfed.study.command_line import Columns, in_words_of_options, stages_on_stderr
+    from splitfed.study.evaluate import evaluate_run
+    from splitfed.study.run_folder import open_run
+    from splitfed.training.runtime import prepare_process
+
+    run = open_run(directory, round=round)
+    section = Columns(*columns).section(data).model_copy(update={"max_rows": limit})
+    prepare_process(run.config.server.threads)
+    try:
+        with stages_on_stderr() as on_stage:
+            return evaluate_run(
+                run, section, base=base, writes_texts=writes_texts, max_tokens=max_tokens, on_stage=on_stage
+            )
+    except DataError as error:
+        raise in_words_of_options(str(error)) from error
+
+
+def _evaluated_by_server(
+    config: Path,
+    data: Path | None,
+    limit: int | None,
+    writes_texts: bool,
+    max_tokens: int | None,
+    *,
+    insecure: bool,
+) -> _Found | None:
+    from splitfed.config import load_agent_config
+
+    settings = load_agent_config(config)
+    log_to_stderr()
+    from splitfed.agent.evaluate import held_out, on_file, run_evaluate
+    from splitfed.study.command_line import stages_on_stderr
+
+    section = held_out(settings) if data is None else on_file(settings, str(data))
+    if limit is not None:
+        section = section.model_copy(update={"max_rows": limit})
+    with stages_on_stderr() as on_stage:
+        return run_evaluate(
+            settings,
+            section,
+            writes_texts=writes_texts,
+            max_tokens=max_tokens,
+            on_stage=on_stage,
+            insecure=insecure,
+        )
 
 
 def _write(text: str) -> None:

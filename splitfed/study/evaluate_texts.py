@@ -1,93 +1,25 @@
-"""How like the completions of a data file a model's own are: greedy texts, BLEU and ROUGE-L.
+"""Greedy texts of a whole model, with transformers alone.
 
 Shapes: B sequences, T tokens.
 """
 
-import re
 from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, Final
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from splitfed.config import DataSection
-from splitfed.errors import ConfigError
-from splitfed.training.objective import IGNORED_LABEL, Objective
-from splitfed.training.rows import read_rows
+from splitfed.training.prompts import Prompt
 
 _BATCH: Final = 16
-_ANY_LENGTH: Final = 2**31
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A row with a prompt and a completion.
-
-    Attributes:
-        input_ids: The prompt, as training has it; at least one token.
-        completion: What the file answers.
-    """
-
-    input_ids: list[int]
-    completion: str
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """How like texts are to those that they are compared with.
-
-    Attributes:
-        bleu: BLEU of all texts together, 0 to 100.
-        rouge_l: Mean F1 of ROUGE-L, 0 to 100.
-        signature: How BLEU was computed.
-    """
-
-    bleu: float
-    rouge_l: float
-    signature: str
-
-
-def read_asked(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[Asked]:
-    """Read prompts and completions; a row without either is left out.
-
-    Args:
-        data: The file, its columns, and how many rows of it to read.
-        tokenizer: The base model's tokenizer.
-
-    Raises:
-        ConfigError: If it has no prompts and completions.
-        DataError: If a row cannot be used.
-    """
-    asked: list[Asked] = []
-    with closing(read_rows(data, data.path)) as rows:
-        numbered = list(islice(rows, data.max_rows))
-    objective = Objective.of(data, list(numbered[0][1]), data.path)
-    if objective.name != "completion":
-        raise ConfigError(
-            f"--generate compares with completions, but {data.path} has no columns {data.prompt_column!r} and "
-            f"{data.completion_column!r}; name the right ones with --prompt-column and --completion-column"
-        )
-    fields = [objective.fields(number, row) for number, row in numbered]
-    for (_, completion), sequences in zip(
-        fields, objective.sequences(fields, tokenizer, max_tokens=_ANY_LENGTH), strict=True
-    ):
-        for sequence in sequences:
-            begin = next(at for at, label in enumerate(sequence.labels) if label != IGNORED_LABEL)
-            if begin > 0:
-                asked.append(Asked(sequence.input_ids[:begin], completion))
-    if not asked:
-        raise ConfigError(f"--generate needs a row with a prompt and a completion, and {data.path} has none")
-    return asked
 
 
 @torch.no_grad()
 def generated(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Asked],
+    asked: Sequence[Prompt],
     *,
     max_tokens: int,
     end: Collection[int],
@@ -129,33 +61,3 @@ def generated(
             done += len(batch)
             on_progress(done / len(asked))
     return texts
-
-
-def likeness(texts: Sequence[str], asked: Sequence[Asked]) -> Likeness:
-    """Compare texts with the completions of the file, each without the white space around it.
-
-    Args:
-        texts: One for each row.
-        asked: The rows.
-
-    Source: BLEU as sacrebleu computes it (Post, A call for clarity in reporting BLEU scores, 2018); ROUGE-L as
-    rouge-score does, without stemming, with words of any script (Lin, ROUGE: a package
-    for automatic evaluation of summaries, 2004).
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics.bleu import BLEU
-
-    ours, theirs = [text.strip() for text in texts], [one.completion.strip() for one in asked]
-    metric = BLEU()
-    bleu = metric.corpus_score(ours, [theirs])
-    rouge = RougeScorer(["rougeL"], tokenizer=_Words())
-    f1 = [rouge.score(target, text)["rougeL"].fmeasure for target, text in zip(theirs, ours, strict=True)]
-    return Likeness(bleu.score, 100 * sum(f1) / len(f1), str(metric.get_signature()))
-
-
-class _Words:
-    """Words of any script, in lower case: what rouge-score takes for words, and what it leaves out as not English."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """Give the words of a text."""
-        return re.findall(r"[^\W_]+", text.lower())

@@ -26,8 +26,16 @@ from splitfed.training.text_pieces import TextPieces
 from splitfed.training.tokenizer import open_tokenizer
 
 
-def generate_from_run(directory: Path, wanted: Wanted, *, write: Callable[[str], object]) -> list[list[int]]:
-    """Generate with the adapter of a run's last whole round: what daemons would write for an agent cut as the run is.
+def generate_from_run(
+    directory: Path,
+    wanted: Wanted,
+    *,
+    write: Callable[[str], object],
+    base: str | None = None,
+    round: int | None = None,
+    with_adapter: bool = True,
+) -> list[list[int]]:
+    """Generate with the adapter of a run's whole round: what daemons would write for an agent cut as the run is.
 
     Codecs are the run's; nothing leaves this process, so there is no noise, and nothing is charged.
 
@@ -35,20 +43,23 @@ def generate_from_run(directory: Path, wanted: Wanted, *, write: Callable[[str],
         directory: The run directory.
         wanted: What is to be generated.
         write: Takes the text, piece by piece; each text ends with the end of a line.
+        base: Where the base model is, if not where the run's configuration says.
+        round: The round, from 1; None = the last whole one.
+        with_adapter: False: what the base model writes alone, to compare.
 
     Returns:
         The tokens of each text.
 
     Raises:
         RunDirectoryError: If the directory holds no run with a whole round.
-        ConfigError: If a prompt does not fit.
+        ConfigError: If a prompt does not fit, or there is no such round.
         DataError: If a prompt cannot be read.
         WeightsError: If the base model cannot be loaded.
     """
-    run = open_run(directory)
+    run = open_run(directory, round=round)
     config = run.config
     prepare_process(config.server.threads)
-    folder, cut = run.base_folder(), config.model
+    folder, cut = run.base_folder(base), config.model
     tokenizer = open_tokenizer(folder)
     prompts = PromptReader(DataSection(path="none"), tokenizer, lambda content: "not charged").of(wanted)
     blocks = {"bottom_blocks": cut.bottom_blocks, "top_blocks": cut.top_blocks}
@@ -57,8 +68,8 @@ def generate_from_run(directory: Path, wanted: Wanted, *, write: Callable[[str],
         prompts, wanted.max_tokens or config.training.max_tokens, positions=positions_of(bottom.config)
     )
     trunk = load_trunk(folder, **blocks, dtype=DTYPES[cut.dtype])
-    adapter = run.adapter()
-    for segment in (bottom, trunk, top):
+    adapter = run.adapter() if with_adapter else {}
+    for segment in (bottom, trunk, top) if with_adapter else ():
         _adapt(segment, config, adapter)
     decoding = Decoding(temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed)
     return [

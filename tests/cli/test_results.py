@@ -57,3 +57,56 @@ def test_generate_needs_certificates_or_a_word_beyond_this_machine(
         cli.main(["generate", "--config", str(config), "--prompt", "x"])
     assert ended.value.code == 2
     assert "agent.server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--round", "1"], "--base, --round and --no-adapter are for --run"),
+        (["--no-adapter"], "--base, --round and --no-adapter are for --run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_generate_takes_the_model_from_the_server_or_from_the_run(
+    config: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", "--config", str(config), "--prompt", "x", *options])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give either RUN_DIR, a run directory, or --config FILE"),
+        (["run", "--config", "CONFIG"], "give either RUN_DIR, a run directory, or --config FILE"),
+        (["run"], "there is nothing to measure on; give --data FILE"),
+        (["--config", "CONFIG"], "there is nothing to measure on; give --data FILE, or set held_out_path in [data]"),
+        (["--config", "CONFIG", "--data", "gone.csv"], "gone.csv: no such file; give --data the path of one"),
+        (["--config", "CONFIG", "--round", "1"], "--base and --round are for a run directory"),
+        (["--config", "CONFIG", "--base", "demo"], "--base and --round are for a run directory"),
+        (["--config", "CONFIG", "--prompt-column", "mr"], "with --config, the columns are those of its [data]"),
+        (["--config", "CONFIG", "--data", "CONFIG", "--limit", "0"], "--limit is 0; give 1 or more"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_of_evaluate_is_one_sentence(
+    config: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", *(str(config) if word == "CONFIG" else word for word in options)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"splitfed: {said}")
+    assert error.count("\n") == 1
+
+
+def test_evaluate_needs_certificates_or_a_word_beyond_this_machine(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(AGENT.replace("127.0.0.1:1", "192.0.2.1:1"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "--config", str(config), "--data", str(config)])
+    assert ended.value.code == 2
+    assert "agent.server" in capsys.readouterr().err

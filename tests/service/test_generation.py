@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitfed
 from splitfed.agent.generate import generate_here
-from splitfed.agent.server_calls import ServerCalls
 from splitfed.agent.state import AgentState
 from splitfed.config import AgentConfig, AgentPrivacySection, ServerConfig
 from splitfed.errors import BudgetExhausted, ConfigError, JoinRefused, NonFiniteLoss, ServerUnreachable
-from splitfed.models import canonical_config, resolve_base
-from splitfed.privacy import gaussian_epsilon, read_ledger
+from splitfed.privacy import gaussian_epsilon
 from splitfed.proto.v1 import generation_pb2_grpc
 from splitfed.training.prompts import Wanted
 from tests.service.certificates import Authority
@@ -34,36 +31,12 @@ from tests.service.cutting_proxy import CuttingProxy
 from tests.service.daemons import Daemons
 from tests.service.dissector import dissect, leaves
 from tests.service.local import LocalServer, agent_config, run_agent_here, serving, start_agent, wait_until
+from tests.service.served import Served, serving_a_finished_run
 
 T = 32
 PROMPTS = ["A number says that", "and times seven"]
 NOISY = AgentPrivacySection(noise_multiplier=2.0, clipping_norm_smashed=3.0)
 ONCE = gaussian_epsilon(1 / 2.0**2, 1e-5)
-
-
-@dataclass
-class Served:
-    """A server that generates with a run that is over."""
-
-    folder: Path
-    config: ServerConfig
-    server: LocalServer
-
-    def agent(self, name: str = "a", **own: Any) -> AgentConfig:
-        address = own.pop("address", self.server.address)
-        return agent_config(self.folder, name, address, self.folder / "a.jsonl", **own)
-
-    def member(self, name: str, **own: Any) -> AgentConfig:
-        """Let a further agent join, which never trains."""
-        config = self.agent(name, **own)
-        state = AgentState(config.agent.state_directory)
-        with closing(ServerCalls(self.server.address, None, None, client=name, agent_id=state.agent_id)) as calls:
-            calls.join("small", canonical_config(resolve_base("demo")), {}, weight=1)
-        state.close()
-        return config
-
-    def ledger(self, name: str) -> list[Any]:
-        return read_ledger(self.folder / name / "ledger.jsonl").rows
 
 
 def generated(config: AgentConfig, *prompts: str, **wanted: Any) -> list[list[int]]:
@@ -89,18 +62,8 @@ def stock_text(model: Any, prompt: str, max_tokens: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("served")
-    write_texts(folder / "a.jsonl", "a", 12)
-    config = server_config(
-        folder,
-        federation={"agents": 1, "population": 12},
-        training={"rounds": 2, "learning_rate": 0.03},
-        generation={"enabled": True},
-    )
-    with serving(config) as server:
-        run_agent_here(agent_config(folder, "a", server.address, folder / "a.jsonl"))
-    with serving(config, resume=True) as server:
-        yield Served(folder, config, server)
+    with serving_a_finished_run(tmp_path_factory.mktemp("served")) as served:
+        yield served
 
 
 def test_a_run_that_is_over_is_served_until_its_server_is_stopped(served: Served) -> None:
@@ -274,7 +237,8 @@ def test_with_noise_a_text_that_fails_stops_none_of_the_others(served: Served, m
     proxy = CuttingProxy(served.server.address)
     config = served.member("failing", address=proxy.address, privacy=NOISY)
     monkeypatch.setattr(
-        "splitfed.agent.generate.Generator.begin", lambda generator, *_: generator.bottom.register_forward_hook(to_nan)
+        "splitfed.agent.generate_setup.Generator.begin",
+        lambda generator, *_: generator.bottom.register_forward_hook(to_nan),
     )
     with pytest.raises(NonFiniteLoss, match="not finite and left as noise alone"):
         generated(config)
@@ -377,7 +341,7 @@ def test_a_server_that_starts_again_amid_a_text_goes_on_with_it(served: Served, 
 
 @pytest.mark.service
 def test_the_commands_themselves(tmp_path: Path) -> None:
-    daemons = Daemons(tmp_path)
+    daemons = Daemons(tmp_path, is_warm=False)
     write_texts(tmp_path / "a.jsonl", "a", 6)
     tables = {
         "model": {"base": "demo"},

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitfed
 from splitfed import cli
-from splitfed.study.evaluate_texts import Asked, likeness
+from splitfed.training.likeness import Asked, likeness
 from tests.study.small_run import write_finished_run
 
 ROWS = [
@@ -82,7 +82,7 @@ def test_texts_are_the_greedy_ones_and_compared_with_the_files(run, data, capsys
             inputs = tokenizer(row["prompt"], return_tensors="pt")
             whole = model.generate(**inputs, do_sample=False, max_length=16, pad_token_id=0)
             texts.append(tokenizer.decode(whole[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-        expected = likeness(texts, [Asked([1], row["completion"]) for row in ROWS])
+        expected = likeness(texts, [Asked([1], "a record", row["completion"]) for row in ROWS])
         assert found[name]["bleu"] == pytest.approx(expected.bleu)
         assert found[name]["rouge_l"] == pytest.approx(expected.rouge_l)
     assert found["texts"] == 3
@@ -90,11 +90,11 @@ def test_texts_are_the_greedy_ones_and_compared_with_the_files(run, data, capsys
 
 
 def test_a_text_like_the_files_is_worth_100_and_half_of_it_what_the_definition_says():
-    asked = [Asked([1], " one two three four ")]
+    asked = [Asked([1], "a record", " one two three four ")]
     assert likeness(["one two three four"], asked).bleu == pytest.approx(100)
     assert likeness(["one two three four"], asked).rouge_l == 100
     assert likeness(["one two"], asked).rouge_l == pytest.approx(100 * 2 / 3)  # precision 1, recall 1/2
-    assert likeness(["семь восемь"], [Asked([1], "Семь, восемь")]).rouge_l == 100
+    assert likeness(["семь восемь"], [Asked([1], "a record", "Семь, восемь")]).rouge_l == 100
 
 
 def test_a_person_is_shown_a_table_and_how_far_it_is(run, data, capsys):
@@ -119,7 +119,7 @@ def test_columns_are_named_as_for_an_audit(run, tmp_path, capsys):
     [
         (["--limit", "0"], 2, "--limit is 0; give 1 or more"),
         (["--max-tokens", "9"], 2, "--max-tokens says how long texts become; give --generate, too"),
-        (["--generate", "--max-tokens", "2"], 2, "leaves no room for text in 2 (the prompt included)"),
+        (["--generate", "--max-tokens", "2"], 2, "leaves no room for text in 2 (--max-tokens, the prompt included)"),
         (["--generate", "--max-tokens", "99999"], 2, "but the base model counts to"),
         (["--round", "7"], 2, "--round is 7, but the run in"),
         (["--base", "nowhere/at/all"], 1, "'nowhere/at/all' is neither a folder nor available"),

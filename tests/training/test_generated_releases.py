@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
         yield ledger
 
 
-def gate(ledger: Ledger, privacy: PrivacySection = NOISY, *, is_coupled: bool = False) -> GeneratedReleases:
-    return GeneratedReleases(privacy, ledger, "small", 4, 16, is_coupled=is_coupled)
+def gate(ledger: Ledger, privacy: PrivacySection = NOISY, **own: Any) -> GeneratedReleases:
+    return GeneratedReleases(privacy, ledger, "small", 4, 16, **own)
 
 
 def test_a_sequence_is_charged_once_before_it_can_release_a_row(ledger: Ledger) -> None:
@@ -80,3 +81,23 @@ def test_the_budget_is_looked_at_for_all_sequences_before_the_first(ledger: Ledg
     releases.open("ab", 0)
     with pytest.raises(BudgetExhausted):
         releases.open("ab", 1)
+
+
+def test_what_is_measured_on_is_charged_as_that_and_costs_the_same(ledger: Ledger) -> None:
+    releases = gate(ledger, kind="evaluate")
+    releases.open("ab", 0)
+    releases.open("cd", 1)
+    rows = read_ledger(ledger.path).rows
+    assert [(row.channel, row.kind, row.records, row.step) for row in rows] == [
+        ("smashed", "evaluate", ("ab",), 0),
+        ("smashed", "evaluate", ("cd",), 1),
+    ]
+    assert ledger.spent(None) == pytest.approx(gaussian_epsilon(ONCE, 1e-5), rel=1e-5)
+    assert releases.charged() == {"sequences": 2, "tokens": 16, "noise_multiplier": 2.0}
+    assert releases.summary() == [
+        "charged: 2 sequences of 16 tokens with noise multiplier 2, unit sequence, relation replace-one",
+        f"privacy in total: {ledger.total_statement()}",
+    ]
+    ledger.set_policy(epsilon_budget=1e-3)
+    with pytest.raises(BudgetExhausted, match="What is to be measured on"):
+        releases.check_budget(["ab"])
