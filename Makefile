@@ -65,7 +65,7 @@ bench: $(STAMP) ## Run the benchmarks, one after the other
 
 .PHONY: notebooks
 notebooks: $(STAMP) ## Run the notebooks
-	@if ls notebooks/*.ipynb >/dev/null 2>&1; then $(BIN)/python -m pytest --nbmake notebooks $(ARGS); else echo "there are no notebooks yet"; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --nbmake notebooks $(ARGS)
 
 .PHONY: clean
 clean: ## Remove what make and the tools made, the virtual environment included
