@@ -2,9 +2,11 @@
 
 In each turn the device and its link are measured first, then real daemons run on loopback, so that both meet the same
 machine. One CPU thread for each process. Weights are those of the checkpoint's own tensors; bytes are what the agent
-counted; a step's time is that of the rounds after the first; memory is the kernel's largest of each process.
+counted; memory is the kernel's largest of each process. A step's time is that of the rounds after the first, divided by
+their steps; what a round takes besides is in it, so that there are the more steps the shorter they are.
 
-Shapes: the Llama of 260 thousand parameters beside the repository (shared/), and GPT-2 small with random weights.
+Shapes: the Llama of 260 thousand parameters beside the repository (shared/); a Llama of 8 blocks with hidden size 512,
+and GPT-2 small, both with random weights.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from typing import Any
 from agent_memory import segment_bytes
 from daemons import Daemons, machine
 from shapes import write_words
+from transformers import LlamaConfig
 
 from splitfed.config import load_server_config
 from splitfed.config.device import DeviceProfile, load_profile
@@ -26,12 +29,30 @@ from splitfed.study.cost import SplitPoint, Workload, cost_of, model_shape, peak
 from splitfed.study.profile_link import measure_link
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
-GPT2 = "import sys, torch; from shapes import *; write_model(Path(sys.argv[1]), gpt2_small(), torch.float32)"
+WRITE = "import sys, torch, cost_model; from shapes import *; write_model(Path(sys.argv[1]), {}, torch.float32)"
+WRITTEN = {"llama-512": "cost_model.llama_512()", "gpt2-small": "gpt2_small()"}
 ROUNDS = 3
+VOCABULARY = 32000
 SHAPES: dict[str, dict[str, Any]] = {
-    "stories260k": {"batch_size": 8, "max_tokens": 128},
-    "gpt2-small": {"batch_size": 4, "max_tokens": 128},
+    "stories260k": {"batch_size": 8, "max_tokens": 128, "local_steps": 40},
+    "llama-512": {"batch_size": 4, "max_tokens": 128, "local_steps": 10},
+    "gpt2-small": {"batch_size": 4, "max_tokens": 128, "local_steps": 5},
 }
+
+
+def llama_512() -> LlamaConfig:
+    """A Llama between the two others: 8 blocks, hidden 512, 32,000 tokens."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def measured_device(file: Path) -> DeviceProfile:
@@ -41,15 +62,16 @@ def measured_device(file: Path) -> DeviceProfile:
     return load_profile(file)
 
 
-def ratios(folder: Path, base: Path, data: Path, training: dict[str, Any], noise: float, steps: int) -> dict[str, Any]:
+def ratios(folder: Path, base: Path, data: Path, training: dict[str, Any], noise: float) -> dict[str, Any]:
     """Predict and run once; gives predicted ÷ measured, and the times in seconds."""
     folder.mkdir()
+    steps = training["local_steps"]
     device = measured_device(folder / "profile.toml")
     with Daemons(folder) as daemons:
         address = daemons.serve(
             {
                 "model": {"base": str(base), "bottom_blocks": 1, "top_blocks": 1},
-                "training": {"rounds": ROUNDS, "local_steps": steps, **training},
+                "training": {"rounds": ROUNDS, **training},
                 "privacy": {"noise_multiplier": noise},
                 "server": {"threads": 1},
             }
@@ -82,6 +104,7 @@ def ratios(folder: Path, base: Path, data: Path, training: dict[str, Any], noise
         "agent_peak_mb": peaks["agent"] / 1e6,
         "server_peak_mb": peaks["server"] / 1e6,
         "correction": device.compute.correction,
+        "request_s": device.compute.request_s,
     }
 
 
@@ -89,16 +112,16 @@ def main() -> None:
     """Run every shape in turn, without noise and with it, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="local steps of a round")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=tuple(SHAPES))
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bases = {"stories260k": STORIES, "gpt2-small": folder / "base"}
-        if "gpt2-small" in options.shapes:  # in a process of its own, so that its memory is not ours
-            subprocess.run([sys.executable, "-c", GPT2, str(folder / "base")], check=True, cwd=Path(__file__).parent)
-        words = write_words(folder / "words.jsonl", rows=64, tokens=256, vocabulary=50257)
+        bases = {shape: folder / shape if shape in WRITTEN else STORIES for shape in SHAPES}
+        for shape in WRITTEN.keys() & set(options.shapes):  # in a process of its own, so that its memory is not ours
+            command = [sys.executable, "-c", WRITE.format(WRITTEN[shape]), str(bases[shape])]
+            subprocess.run(command, check=True, cwd=Path(__file__).parent)
+        words = write_words(folder / "words.jsonl", rows=64, tokens=256, vocabulary=VOCABULARY)
         for turn in range(options.turns):
             for shape in options.shapes:
                 if not bases[shape].is_dir():
@@ -106,7 +129,7 @@ def main() -> None:
                     continue
                 for noise in (0.0, 0.002):
                     run = folder / f"{turn}-{shape}-{noise}"
-                    one = ratios(run, bases[shape], words, SHAPES[shape], noise, options.steps)
+                    one = ratios(run, bases[shape], words, SHAPES[shape], noise)
                     key = f"{shape}, {'noise' if noise else 'no noise'}"
                     found.setdefault(key, []).append(one)
                     print(f"turn {turn + 1}, {key}: {json.dumps(_rounded(one))}", flush=True)

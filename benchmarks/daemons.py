@@ -46,12 +46,16 @@ class Daemons:
         server = {"address": "127.0.0.1:0", **tables.get("server", {})}
         self._start("server", {**tables, "run": run, "server": server})
         file = self.folder / "run" / "address"
+        self.wait_for(file)
+        return file.read_text().strip()
+
+    def wait_for(self, file: Path) -> None:
+        """Wait until the server has written a file."""
         deadline_s = time.monotonic() + START_S
         while not file.exists():
             if self._processes["server"].poll() is not None or time.monotonic() > deadline_s:
                 raise RuntimeError(f"the server did not start:\n{self.log('server')}")
             time.sleep(POLL_S)
-        return file.read_text().strip()
 
     def take_part(self, name: str, address: str, tables: Mapping[str, Mapping[str, Any]]) -> None:
         """Start an agent."""
@@ -98,6 +102,10 @@ class Daemons:
                 for table, values in tables.items()
             )
         )
+        self.start(name, file, command)
+
+    def start(self, name: str, file: Path, command: str) -> None:
+        """Start a daemon from a configuration file that is there."""
         with (self.folder / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "splitfed", command, "--config", str(file)],

@@ -73,14 +73,17 @@ class LossTable:
     relative depth that trains the same segments.
 
     Args:
-        points: At least one without noise.
+        points: At least one without noise; of several at one setting that of most runs counts.
 
     Raises:
         ValueError: If none is without noise.
     """
 
     def __init__(self, points: Iterable[LossPoint]) -> None:
-        self.points = tuple(points)
+        settings: dict[Sequence[object], LossPoint] = {}
+        for point in sorted(points, key=lambda point: point.runs):
+            settings[_setting(point)] = point
+        self.points = tuple(settings.values())
         quiet = [point for point in self.points if point.noise_multiplier == 0]
         if not quiet:
             raise ValueError("No run without noise is among them, so nothing says what noise costs; add one.")
@@ -142,6 +145,10 @@ class LossTable:
             if rank <= above:
                 return low + (high - low) * math.log(rank / below) / math.log(above / below)
         return curve[-1][1]
+
+
+def _setting(point: LossPoint) -> Sequence[object]:
+    return point.n_blocks, point.level, *_cut(point), point.codec, point.rank
 
 
 def _cut(point: LossPoint) -> tuple[int, int]:

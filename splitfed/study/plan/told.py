@@ -123,13 +123,15 @@ def _assumptions(request: Request) -> list[str]:
     privacy, training, server = request.run.privacy, request.run.training, request.server.device
     devices = "; ".join(map(_described, request.seats))
     agents = f"{request.agents} {'agent' if request.agents == 1 else 'agents'} a round"
+    losses, leaks = request.evidence.loss_of, request.evidence.leakage_of
+    where = "there" if leaks == losses else f"on {leaks}"
     return [
         f"Steps of {training.batch_size} sequences of {training.max_tokens} tokens in {request.shape.dtype}, {agents}; "
         f"{devices}; server: {server.name} ({server.source}).",
         "Loss cost is held-out loss above the best without noise, and its share of what training gained, as measured "
-        f"on {request.evidence.loss_of}. Tokens and labels are what the strongest attacks recovered on "
-        f"{request.evidence.leakage_of}: lower bounds on what leaks, never guarantees. They carry over to other models "
-        "by noise ÷ signal and relative depth; splitfed sweep and splitfed audit measure yours (--sweep, --audit).",
+        f"on {losses}. Tokens and labels are what the strongest attacks recovered {where}: "
+        "lower bounds on what leaks, never guarantees. They carry over to other models by noise ÷ signal and relative "
+        "depth; splitfed sweep and splitfed audit measure yours (--sweep, --audit).",
         f"Epsilon is what {training.rounds} rounds of {training.local_steps} steps cost the record that is worst off "
         f"of {request.examples}, at delta {privacy.delta:g}, unit sequence, relation {privacy.relation}.",
     ]

@@ -76,6 +76,13 @@ def test_only_settings_that_differ_in_nothing_else_say_what_a_codec_costs() -> N
     assert nats(table, codec="none") == nats(table)
 
 
+def test_of_two_measurements_at_one_setting_that_of_more_runs_counts() -> None:
+    table = LossTable(
+        [loss_point(2.0), loss_point(2.5, noise_multiplier=0.1), loss_point(2.4, noise_multiplier=0.1, runs=9)]
+    )
+    assert nats(table, noise=0.1) == pytest.approx(0.4)
+
+
 def test_a_table_without_a_run_without_noise_is_refused() -> None:
     with pytest.raises(ValueError, match="No run without noise is among them"):
         LossTable([loss_point(2.0, noise_multiplier=0.1)])

@@ -1,0 +1,44 @@
+"""What splitfed plan chooses, run for real on a link of the planned rate and latency, keeps what it promised."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from planned_runs import run_plan
+from shapes import write_model, write_words
+from transformers import LlamaConfig
+
+WITHIN = 0.25
+"""The stated margin of step time and peak memory; bytes and epsilon are known beforehand."""
+TRAINING = {"rounds": 3, "local_steps": 2, "batch_size": 4, "max_tokens": 32}
+ROWS = 32
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights a process notices: 46 MB in the embeddings and the head."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 8}
+    config = LlamaConfig(vocab_size=20000, eos_token_id=1, pad_token_id=0, **shape)
+    return write_model(tmp_path_factory.mktemp("base"), config, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "link"),
+    [
+        (["--max-step", "800ms"], "2mbit,100ms"),
+        (["--max-memory", "1GB", "--max-bytes", "130kB", "--prefer", "memory"], "1mbit,100ms"),
+        (["--epsilon", "3e4", "--codecs", "bf16"], "2mbit,150ms"),
+    ],
+    ids=["time", "memory and bytes", "epsilon"],
+)
+def test_a_plan_keeps_its_promises(
+    tmp_path: Path, base: Path, options: list[str], link: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = write_words(tmp_path / "words.jsonl", rows=ROWS, tokens=2 * TRAINING["max_tokens"], vocabulary=20000)
+    outcome = run_plan(tmp_path / "run", base, words, options, link=link, training=TRAINING, rows=ROWS)
+    ratios = outcome.ratios()
+    assert ratios.pop("up_bytes") == pytest.approx(1, abs=0.01)
+    assert ratios.pop("down_bytes") == pytest.approx(1, abs=0.01)
+    assert 1 <= ratios.pop("epsilon") < 1.001  # a ledger counts what was released, which is at most what was planned
+    assert ratios == {name: pytest.approx(1, abs=WITHIN) for name in ("step_s", "memory_bytes", "server_memory_bytes")}
