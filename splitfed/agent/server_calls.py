@@ -19,8 +19,8 @@ from splitfed.proto.v1.training_pb2_grpc import TrainingStub
 from splitfed.training.link import Traffic
 from splitfed.transport.adapters import IncomingAdapter, adapter_messages
 from splitfed.transport.channel import open_channel
+from splitfed.transport.counting import counting_received, counting_sent
 from splitfed.transport.hang_up import explain_hang_up
-from splitfed.transport.link import FRAMING_BYTES
 from splitfed.transport.status import error_of_call
 from splitfed.transport.tensors import codecs_on_wire
 from splitfed.transport.version import PROTOCOL_VERSION
@@ -172,8 +172,7 @@ class ServerCalls:
         incoming = IncomingAdapter(shapes, codec)
         with translated():
             messages = self._federation.FetchAdapter(request)
-            for index, message in enumerate(messages):
-                traffic.received_bytes += message.ByteSize() + FRAMING_BYTES
+            for index, message in enumerate(counting_received(messages, traffic)):
                 if index:
                     incoming.add(message)
         return incoming.state()
@@ -199,7 +198,7 @@ class ServerCalls:
             held_out_loss=report.held_out_loss,
         )
         with translated():
-            messages = _counted(adapter_messages(header, state, codec), traffic)
+            messages = counting_sent(adapter_messages(header, state, codec), traffic)
             return self._federation.SubmitAdapter(messages).refused or None
 
     def mean_gradient(
@@ -224,9 +223,8 @@ class ServerCalls:
         )
         incoming = IncomingAdapter({name: tuple(tensor.shape) for name, tensor in gradients.items()}, codec)
         with translated():
-            messages = self._federation.MeanGradient(_counted(adapter_messages(header, gradients, codec), traffic))
-            for index, message in enumerate(messages):
-                traffic.received_bytes += message.ByteSize() + FRAMING_BYTES
+            sent = counting_sent(adapter_messages(header, gradients, codec), traffic)
+            for index, message in enumerate(counting_received(self._federation.MeanGradient(sent), traffic)):
                 if index:
                     incoming.add(message)
         return incoming.state()
@@ -242,14 +240,6 @@ class ServerCalls:
         )
         with translated():
             self._federation.Leave(request, timeout=_LEAVE_S)
-
-
-def _counted(
-    messages: Iterator[federation_pb2.AdapterChunk], traffic: Traffic
-) -> Iterator[federation_pb2.AdapterChunk]:
-    for message in messages:
-        traffic.sent_bytes += message.ByteSize() + FRAMING_BYTES
-        yield message
 
 
 @contextmanager

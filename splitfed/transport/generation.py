@@ -15,7 +15,7 @@ from splitfed.proto.v1 import generation_pb2
 from splitfed.proto.v1.generation_pb2_grpc import GenerationStub
 from splitfed.training.link import LinkCodecs, Traffic
 from splitfed.transport.backoff import Backoff
-from splitfed.transport.link import FRAMING_BYTES
+from splitfed.transport.counting import counting_received, counting_sent, one_after_the_other
 from splitfed.transport.status import error_of_call
 from splitfed.transport.tensors import Expectation, IncomingTensor, to_messages
 
@@ -130,8 +130,8 @@ class GrpcGenerationLink:
         outgoing: SimpleQueue[_Messages | None] = SimpleQueue()
         outgoing.put([generation_pb2.GenerateRequest(open=self._opening)])
         self._outgoing = outgoing
-        self._call = self._stub.Generate(self._count_sent(outgoing))
-        self._replies = self._count_received(self._call)
+        self._call = self._stub.Generate(counting_sent(one_after_the_other(outgoing), self.traffic))
+        self._replies = counting_received(self._call, self.traffic)
         reply = next(self._replies, None)
         if reply is None or reply.WhichOneof("body") != "opened":
             raise ProtocolError("The server answered a sequence's opening with something else.")
@@ -160,14 +160,3 @@ class GrpcGenerationLink:
             else:
                 tensor.add(reply.chunk)
         return tensor.decode()
-
-    def _count_sent(self, outgoing: "SimpleQueue[_Messages | None]") -> Iterator[generation_pb2.GenerateRequest]:
-        for messages in iter(outgoing.get, None):
-            for message in messages:
-                self.traffic.sent_bytes += message.ByteSize() + FRAMING_BYTES
-                yield message
-
-    def _count_received(self, call: Iterator[generation_pb2.GenerateReply]) -> Iterator[generation_pb2.GenerateReply]:
-        for message in call:
-            self.traffic.received_bytes += message.ByteSize() + FRAMING_BYTES
-            yield message

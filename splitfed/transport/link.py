@@ -18,11 +18,9 @@ from splitfed.proto.v1 import training_pb2
 from splitfed.proto.v1.training_pb2_grpc import TrainingStub
 from splitfed.training.link import Kind, LinkCodecs, Place, Traffic
 from splitfed.transport.backoff import Backoff
+from splitfed.transport.counting import counting_received, counting_sent, one_after_the_other
 from splitfed.transport.status import error_of_call
 from splitfed.transport.tensors import Expectation, IncomingTensor, pack_mask, to_messages
-
-FRAMING_BYTES = 5
-"""What gRPC puts before each message."""
 
 KIND_TO_WIRE = {
     Kind.TRAIN: training_pb2.KIND_TRAIN,
@@ -211,9 +209,9 @@ class GrpcLink:
     def _follow_stream(self) -> None:
         outgoing: SimpleQueue[list[training_pb2.TrainRequest] | None] = SimpleQueue()
         outgoing.put([training_pb2.TrainRequest(open=self._opening)])
-        self._call = self._stub.Train(self._count_sent(outgoing))
+        self._call = self._stub.Train(counting_sent(one_after_the_other(outgoing), self.traffic))
         try:
-            replies = self._count_received(self._call)
+            replies = counting_received(self._call, self.traffic)
             self._take_opening(next(replies, None))
             with self._lock:
                 for request in self._pending.values():
@@ -252,19 +250,6 @@ class GrpcLink:
             self._last_answer_s = time.monotonic()
         self._backoff.progress()
         request.future.set_result(value)
-
-    def _count_sent(
-        self, outgoing: "SimpleQueue[list[training_pb2.TrainRequest] | None]"
-    ) -> Iterator[training_pb2.TrainRequest]:
-        for messages in iter(outgoing.get, None):
-            for message in messages:
-                self.traffic.sent_bytes += message.ByteSize() + FRAMING_BYTES
-                yield message
-
-    def _count_received(self, call: Iterator[training_pb2.TrainReply]) -> Iterator[training_pb2.TrainReply]:
-        for message in call:
-            self.traffic.received_bytes += message.ByteSize() + FRAMING_BYTES
-            yield message
 
     def _watch_for_silence(self) -> None:
         while not self._is_closed.wait(min(self._silence_s / 4, 5.0)):

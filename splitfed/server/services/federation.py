@@ -14,7 +14,7 @@ from splitfed.server.contribution import Contribution
 from splitfed.server.coordinator import Coordinator
 from splitfed.server.services.identity import Identity
 from splitfed.transport.adapters import IncomingAdapter, adapter_messages
-from splitfed.transport.link import FRAMING_BYTES
+from splitfed.transport.counting import framed_bytes
 
 
 class FederationService(federation_pb2_grpc.FederationServicer):
@@ -60,7 +60,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._coordinator.note_progress(request.client)
         header = federation_pb2.AdapterHeader(run_id=request.run_id, client=request.client, round=request.round)
         for message in adapter_messages(header, self._coordinator.start_of_round(request.client), self._codec):
-            self._coordinator.count_bytes(request.client, down=message.ByteSize() + FRAMING_BYTES)
+            self._coordinator.count_bytes(request.client, down=framed_bytes(message))
             yield message
 
     async def SubmitAdapter(
@@ -91,7 +91,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             run_id=header.run_id, client=header.client, round=header.round, step=header.step
         )
         for message in adapter_messages(reply, mean, self._codec):
-            self._coordinator.count_bytes(header.client, down=message.ByteSize() + FRAMING_BYTES)
+            self._coordinator.count_bytes(header.client, down=framed_bytes(message))
             yield message
 
     async def _receive(
@@ -104,9 +104,9 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         header = first.header
         self._check(context, header)
         incoming = IncomingAdapter(self._coordinator.update_shapes(header.client, header.round), self._codec)
-        received_bytes = first.ByteSize() + FRAMING_BYTES
+        received_bytes = framed_bytes(first)
         async for message in messages:
-            received_bytes += message.ByteSize() + FRAMING_BYTES
+            received_bytes += framed_bytes(message)
             incoming.add(message)
             self._coordinator.note_progress(header.client)
         self._coordinator.count_bytes(header.client, up=received_bytes)

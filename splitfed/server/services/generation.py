@@ -20,7 +20,7 @@ from splitfed.server.services.identity import Identity
 from splitfed.server.sessions import LARGEST_VALUE
 from splitfed.training.link import link_codecs
 from splitfed.transport.adapters import adapter_messages
-from splitfed.transport.link import FRAMING_BYTES
+from splitfed.transport.counting import framed_bytes
 from splitfed.transport.tensors import Expectation, IncomingTensor, to_messages
 
 _MOST_TENSORS = 1_000_000
@@ -102,7 +102,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         state = await self._off_loop(lambda: whole.ends_of(device, self._run.config.lora.rank))
         header = federation_pb2.AdapterHeader(run_id=request.run_id, client=request.client, round=whole.number)
         for message in adapter_messages(header, state, self._adapter_codec):
-            self._run.wire_bytes[request.client, "down"] += message.ByteSize() + FRAMING_BYTES
+            self._run.wire_bytes[request.client, "down"] += framed_bytes(message)
             yield message
 
     async def Generate(self, request_iterator: _Requests, context: Any) -> AsyncIterator[generation_pb2.GenerateReply]:
@@ -122,7 +122,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 if answered <= opening.answered:
                     continue
                 for reply in await self._off_loop(partial(self._replies, output_1TD)):
-                    self._run.wire_bytes[sequence.client, "down"] += reply.ByteSize() + FRAMING_BYTES
+                    self._run.wire_bytes[sequence.client, "down"] += framed_bytes(reply)
                     yield reply
         finally:
             self._generations.close(sequence)
@@ -153,7 +153,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             request = await self._within_patience(anext(requests, None), sequence)
             if request is None:
                 return None
-            self._run.wire_bytes[sequence.client, "up"] += request.ByteSize() + FRAMING_BYTES
+            self._run.wire_bytes[sequence.client, "up"] += framed_bytes(request)
             body = request.WhichOneof("body")
             if body != ("smashed" if incoming is None else "chunk"):
                 raise ProtocolError(f"A sequence's stream holds {body or 'nothing'} where rows were due.")

@@ -10,7 +10,7 @@ from splitfed.proto.v1 import training_pb2, training_pb2_grpc
 from splitfed.server.coordinator import Coordinator
 from splitfed.server.services.identity import Identity
 from splitfed.server.sessions import Operation, TrainSession
-from splitfed.transport.link import FRAMING_BYTES
+from splitfed.transport.counting import framed_bytes
 
 
 class TrainingService(training_pb2_grpc.TrainingServicer):
@@ -42,7 +42,7 @@ class TrainingService(training_pb2_grpc.TrainingServicer):
                 replies = await asyncio.shield(session.answer(operation))
                 self._coordinator.count_seconds(session.client, time.perf_counter() - since_s)
                 for reply in replies:
-                    self._coordinator.count_bytes(session.client, down=reply.ByteSize() + FRAMING_BYTES)
+                    self._coordinator.count_bytes(session.client, down=framed_bytes(reply))
                     yield reply
                 if self._coordinator.is_draining:
                     raise ServerUnreachable("The server is shutting down; come back when it is up again.")
@@ -76,7 +76,7 @@ class TrainingService(training_pb2_grpc.TrainingServicer):
         operation: Operation | None = None
         try:
             async for request in requests:
-                self._coordinator.count_bytes(session.client, up=request.ByteSize() + FRAMING_BYTES)
+                self._coordinator.count_bytes(session.client, up=framed_bytes(request))
                 if operation is None:
                     operation = Operation(request, session.codecs, session.limits)
                 else:

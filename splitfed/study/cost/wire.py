@@ -11,7 +11,7 @@ from splitfed.proto.v1 import federation_pb2, tensor_pb2, training_pb2
 from splitfed.study.cost.shape import DTYPES, ModelShape
 from splitfed.study.cost.workload import Workload
 from splitfed.training.link import LinkCodecs, link_codecs
-from splitfed.transport.link import FRAMING_BYTES
+from splitfed.transport.counting import framed_bytes
 from splitfed.transport.tensors import CHUNK_BYTES
 
 _AGENT_ID_BYTES = 16
@@ -204,4 +204,4 @@ def _reply_chunk(number: int, length: int) -> int:
 
 
 def _framed(*messages: training_pb2.TrainRequest | training_pb2.TrainReply | federation_pb2.AdapterChunk) -> int:
-    return sum(message.ByteSize() + FRAMING_BYTES for message in messages)
+    return sum(framed_bytes(message) for message in messages)
