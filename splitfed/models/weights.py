@@ -91,10 +91,26 @@ def segment_tensor_names(folder: Path, *, bottom_blocks: int, top_blocks: int) -
     return names
 
 
+def kept_in_float32(shell: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str]:
+    """Say which tensors transformers holds in float32 whatever is asked, by the same search in their names.
+
+    Args:
+        shell: The model, with or without its weights.
+        dtype: What is asked.
+
+    Returns:
+        What is found in the name of each such tensor, and in no other.
+    """
+    patterns = list(shell._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        patterns += shell._keep_in_fp32_modules or ()
+    return re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns) or r"(?!)")
+
+
 def _fill(shell: PreTrainedModel, checkpoint: Checkpoint, segments: Iterable[Segment], *, dtype: torch.dtype) -> None:
     """Give the shell the tensors which the segments hold."""
     wanted = _held_by(shell, segments)
-    float32_names = _float32_names(shell, dtype)
+    in_float32 = kept_in_float32(shell, dtype)
     real: dict[int, Tensor] = {}
     for recipe in recipes(shell, checkpoint.names):
         held = [name for name in recipe.targets if name in wanted]
@@ -103,7 +119,7 @@ def _fill(shell: PreTrainedModel, checkpoint: Checkpoint, segments: Iterable[Seg
         if id(wanted[held[0]]) in real:
             _check_tied(checkpoint, recipe.sources[0][0], held[0], real[id(wanted[held[0]])])
             continue
-        as_dtype = torch.float32 if float32_names.search(held[0]) else wanted[held[0]].dtype
+        as_dtype = torch.float32 if in_float32.search(held[0]) else wanted[held[0]].dtype
         made = recipe.make(checkpoint, shell, dtype=as_dtype)
         for name in held:
             real[id(wanted[name])] = _checked(name, made.get(name), wanted[name], checkpoint.folder)
@@ -121,14 +137,6 @@ def _held_by(shell: PreTrainedModel, segments: Iterable[Segment]) -> dict[str, T
     """Stored tensors of the segments by whole-model name; a tied tensor has several names."""
     held = {id(tensor) for segment in segments for tensor in segment.model.state_dict(keep_vars=True).values()}
     return {name: tensor for name, tensor in shell.state_dict(keep_vars=True).items() if id(tensor) in held}
-
-
-def _float32_names(shell: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str]:
-    """Which tensors transformers holds in float32 whatever is asked, by the same search in their names."""
-    patterns = list(shell._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else []
-    if dtype == torch.float16:
-        patterns += shell._keep_in_fp32_modules or ()
-    return re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns) or r"(?!)")
 
 
 def _checked(name: str, made: Tensor | None, wanted: Tensor, folder: Path) -> Tensor:

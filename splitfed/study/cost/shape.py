@@ -16,7 +16,7 @@ from splitfed.models import Segment, load_config, partition
 from splitfed.models.cut import adaptable_names, cut
 from splitfed.models.families import Family, family_of
 from splitfed.models.partition import Bottom, Top, Trunk, check_split_point
-from splitfed.models.weights import _float32_names
+from splitfed.models.weights import kept_in_float32
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INDICES: Final = ("layer_idx", "layer_id", "training")
@@ -96,7 +96,7 @@ class ModelShape:
                 segment: Segment = self.block(range(part, part + 1))
             else:
                 segment = self.embeddings() if part == "embeddings" else self.head()
-            exact = _float32_names(self.model, DTYPES[self.dtype])
+            exact = kept_in_float32(self.model, DTYPES[self.dtype])
             self.measured[key] = {
                 id(tensor): Weight(
                     tensor.numel(),
