@@ -163,7 +163,7 @@ def main() -> None:
         bases = {"stories260k": STORIES, "gpt2-small": folder / "base"}
         if "gpt2-small" in options.shapes:  # in a process of its own, so that its memory is not ours
             subprocess.run([sys.executable, "-c", GPT2, str(folder / "base")], check=True, cwd=Path(__file__).parent)
-        words = write_words(folder / "words.jsonl", rows=ROWS, tokens=2 * TRAINING["max_tokens"], vocabulary=50257)
+        words = write_words(folder / "words.jsonl", rows=ROWS, tokens=TRAINING["max_tokens"] - 2, vocabulary=50257)
         for turn in range(options.turns):
             for shape in options.shapes:
                 if not bases[shape].is_dir():

@@ -35,7 +35,7 @@ def test_a_plan_keeps_its_promises(
     tmp_path: Path, base: Path, options: list[str], link: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = write_words(tmp_path / "words.jsonl", rows=ROWS, tokens=2 * TRAINING["max_tokens"], vocabulary=20000)
+    words = write_words(tmp_path / "words.jsonl", rows=ROWS, tokens=TRAINING["max_tokens"] - 2, vocabulary=20000)
     outcome = run_plan(tmp_path / "run", base, words, options, link=link, training=TRAINING, rows=ROWS)
     ratios = outcome.ratios()
     assert ratios.pop("up_bytes") == pytest.approx(1, abs=0.01)

@@ -105,11 +105,9 @@ def _what_is_missing(plans: Sequence[Plan], constraints: Sequence[Constraint]) -
         for each in constraints
         if not each.allows(nearest)
     )
-    cut = nearest.split_point
     return [
         *sentences,
-        f"No plan keeps all constraints, whichever one is given up; the nearest, {cut.bottom_blocks} + "
-        f"{cut.top_blocks} blocks with codec {nearest.codec} and noise {nearest.noise_multiplier:g}, has {missed}.",
+        f"No plan keeps all constraints, whichever one is given up; the nearest ({nearest}) has {missed}.",
     ]
 
 

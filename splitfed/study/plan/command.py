@@ -83,5 +83,5 @@ def _written(folder: Path, options: PlanOptions, answer: Answer) -> list[Path]:
     files: dict[str, tuple[ServerConfig | AgentConfig, str]] = {"server.toml": (server, comment)}
     for name, chosen in answer.chosen.items():
         agent = agent_config(name, chosen, server, address=options.address, data=options.data)
-        files[f"agent-{name}.toml"] = (agent, f"Planned for {name}.\nExpected: {expected(chosen)}.")
+        files[f"agent-{name}.toml"] = (agent, f"Planned for {name}: {chosen}.\nExpected: {expected(chosen)}.")
     return write_files(folder, files)

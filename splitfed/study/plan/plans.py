@@ -97,6 +97,11 @@ class Plan:
     leakage: Leakage
     epsilon: float
 
+    def __str__(self) -> str:
+        cut = self.split_point
+        noise = f"noise {self.noise_multiplier:g}" if self.noise_multiplier else "no noise"
+        return f"{cut.bottom_blocks} + {cut.top_blocks} blocks, rank {self.rank}, codec {self.codec}, {noise}"
+
     @property
     def step_bytes(self) -> int:
         """Bytes of a step, both ways."""

@@ -59,7 +59,7 @@ class Made:
     def sentences(self) -> list[str]:
         """Give what there is to say below the table."""
         chosen, several = self.answer.chosen, len(self.answer.chosen) > 1
-        found = [f"→ {f'for {name} ' if several else ''}takes {expected(each)}." for name, each in chosen.items()]
+        found = [f"→ {f'{name}: ' if several else ''}{each}: {expected(each)}." for name, each in chosen.items()]
         left = {name: len(plans) - self.show for name, plans in self.answer.frontier.items()}
         if more := [f"{count} of {name}" if several else str(count) for name, count in left.items() if count > 0]:
             found.append(f"Not shown: {', '.join(more)} more that no other plan beats; --show and --json have them.")
@@ -133,7 +133,8 @@ def _assumptions(request: Request) -> list[str]:
         "lower bounds on what leaks, never guarantees. They carry over to other models by noise ÷ signal and relative "
         "depth; splitfed sweep and splitfed audit measure yours (--sweep, --audit).",
         f"Epsilon is what {training.rounds} rounds of {training.local_steps} steps cost the record that is worst off "
-        f"of {request.examples}, at delta {privacy.delta:g}, unit sequence, relation {privacy.relation}.",
+        f"of {request.examples} of one sequence each, at delta {privacy.delta:g}, unit sequence, relation "
+        f"{privacy.relation}.",
     ]
 
 

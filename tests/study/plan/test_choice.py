@@ -75,8 +75,8 @@ def test_constraints_that_no_single_one_of_undoes_are_told_with_the_nearest_plan
     sentences = judge([of(6e8, 0.6), of(9e8, 0.9)], [MEMORY, LEAKS]).sentences
     assert sentences[0] == "--max-memory 500 MB rules out every plan: the least is 600 MB, 100 MB too much."
     assert sentences[-1] == (
-        "No plan keeps all constraints, whichever one is given up; the nearest, 1 + 1 blocks with codec int8 and noise "
-        "0.002, has 600 MB where --max-memory 500 MB is asked for and 60 % where --max-leakage 50 % is asked for."
+        "No plan keeps all constraints, whichever one is given up; the nearest (1 + 1 blocks, rank 8, codec int8, "
+        "noise 0.002) has 600 MB where --max-memory 500 MB is asked for and 60 % where --max-leakage 50 % is asked for."
     )
 
 
