@@ -110,7 +110,7 @@ class LossTable:
         """
         level, points = target.loss_level(noise), self._alike(self.points)
         at = [
-            at_level([(point.level, point.loss) for point in points if _cut(point) == cut], level)
+            at_level(_rising([point for point in points if _cut(point) == cut]), level)
             for cut in nearest_cuts({(_cut(point), point.n_blocks) for point in points}, target, split_point)
         ]
         loss = statistics.mean(at) + self._codec_cost(codec) + self._rank_cost(rank)
@@ -145,6 +145,12 @@ class LossTable:
             if rank <= above:
                 return low + (high - low) * math.log(rank / below) / math.log(above / below)
         return curve[-1][1]
+
+
+def _rising(points: Iterable[LossPoint]) -> list[tuple[float, float]]:
+    """Give losses over noise levels; under so much noise that nothing is learned they fall again, which is no gain."""
+    curve = sorted((point.level, point.loss) for point in points)
+    return [(level, max(loss for _, loss in curve[: number + 1])) for number, (level, _) in enumerate(curve)]
 
 
 def _setting(point: LossPoint) -> Sequence[object]:

@@ -44,6 +44,11 @@ def test_noise_beyond_what_was_measured_costs_at_least_as_much_and_says_so() -> 
     assert not table.cost(SAME, AT, noise=0.01, codec="int8", rank=8).is_beyond
 
 
+def test_more_noise_never_counts_as_costing_less() -> None:
+    table = LossTable([loss_point(loss, noise_multiplier=z) for z, loss in ((0.0, 2.0), (0.01, 4.6), (0.1, 4.1))])
+    assert nats(table, noise=0.1) == pytest.approx(2.6)
+
+
 def test_a_wider_model_and_longer_sequences_are_hurt_by_less_noise() -> None:
     table = LossTable([loss_point(2.0), loss_point(2.2, noise_multiplier=0.01), loss_point(3.0, noise_multiplier=0.04)])
     assert nats(table, Target(N_BLOCKS, 4 * D, 4 * T), noise=0.01) == pytest.approx(nats(table, noise=0.04))
