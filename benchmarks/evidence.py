@@ -12,12 +12,12 @@ from pathlib import Path
 from splitfed.study.cost import model_shape
 from splitfed.study.plan import LeakagePoint, LossPoint, LossTable
 from splitfed.study.plan.evidence import as_csv, loss_points
+from splitfed.study.plan.leakage import TARGETS
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parents[1] / "shared" / "models" / "stories260k"
 ASSETS = HERE.parent / "splitfed" / "assets" / "evidence"
 SWEEPS = ("noise", "codecs", "ranks")
-ATTACKS = {"tokens": "privacy_attacks.csv", "labels": "privacy_labels.csv"}
 TOKENS = 160
 
 
@@ -32,18 +32,17 @@ def losses() -> list[LossPoint]:
 def leakage() -> Iterable[LeakagePoint]:
     """Give the strongest attack of each cell."""
     shape = model_shape(BASE)
-    for target, name in ATTACKS.items():
-        with (HERE / "results" / name).open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
-        cells: dict[tuple[int, int, float], dict[str, str]] = {}
-        for row in rows:
-            cell = int(row["bottom_blocks"]), int(row["top_blocks"]), float(row["noise_multiplier"])
-            if cell not in cells or float(row["recovered"]) > float(cells[cell]["recovered"]):
-                cells[cell] = row
-        for (bottom, top, noise), row in sorted(cells.items()):
-            size = shape.n_blocks, shape.hidden_size, TOKENS
-            figures = row["attack"], float(row["recovered"]), float(row["chance"])
-            yield LeakagePoint(*size, bottom, top, noise, target, *figures)
+    with (HERE / "results" / "leakage.csv").open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["target"] in TARGETS]
+    cells: dict[tuple[str, int, int, float], dict[str, str]] = {}
+    for row in rows:
+        place = int(row["bottom_blocks"]), int(row["top_blocks"]), float(row["noise_multiplier"])
+        cell = row["target"], *place
+        if cell not in cells or float(row["recovered"]) > float(cells[cell]["recovered"]):
+            cells[cell] = row
+    for (target, *place), row in sorted(cells.items()):
+        figures = row["attack"], float(row["recovered"]), float(row["chance"])
+        yield LeakagePoint(shape.n_blocks, shape.hidden_size, TOKENS, *place, target, *figures)  # type: ignore[arg-type]
 
 
 def main() -> int:

@@ -2,9 +2,9 @@
 
 A Llama of 260 thousand parameters is fine-tuned on E2E NLG over three clients in one process, with noise on all three
 channels (DP-SGD for the adapters), and a server that knows the base model and has public text attacks what it receives:
-tokens behind smashed data, labels behind output gradients. Appends a row for each noise multiplier, split point and
-attack to CSVs in results/ and skips those that are there, so that it may be interrupted. Needs the model and the data
-beside the repository, in shared/.
+tokens behind smashed data, labels behind output gradients, records behind an update. Appends a row for each noise
+multiplier, split point and attack to CSVs in results/ and skips those that are there, so that it may be interrupted.
+Needs the model and the data beside the repository, in shared/.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from splitfed.privacy import Ledger, clip, epsilon
 from splitfed.privacy.leakage import AttackResult, Texts, TokenKnowledge, attack_tokens, gaussian_log_density
 from splitfed.privacy.mechanisms import GaussianMechanism
 from splitfed.study.audit_attacks import gradient_results
-from splitfed.study.audit_setting import open_setting
+from splitfed.study.audit_membership import MembershipGames
+from splitfed.study.audit_setting import AuditSetting, open_setting
 from splitfed.study.audit_view import protections, view
 from splitfed.training.client_step import causal_lm_loss, count_label_tokens
 from splitfed.training.data import Example, collate, load_examples
@@ -42,9 +43,10 @@ E2E = SHARED / "data" / "e2e"
 RESULTS = Path(__file__).with_name("results")
 NOISE = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02)
 CUTS = ((0, 0), (1, 1), (2, 2))
-ATTACK_NOISE = (*NOISE, 0.05)
-ATTACK_CUTS, LABEL_CUTS = (*CUTS, (3, 1)), (*CUTS, (1, 3))
+ATTACK_NOISE, MEMBERSHIP_NOISE = (*NOISE, 0.05), (0.0, 0.002, 0.02)
+ATTACK_CUTS, LABEL_CUTS, MEMBERSHIP_CUTS = (*CUTS, (3, 1)), (*CUTS, (1, 3)), CUTS[1:]
 Cuts = Sequence[tuple[int, int]]
+Attacks = Callable[[float, tuple[int, int]], list[AttackResult]]
 CLIENTS, ROWS, DEV_ROWS, MAX_TOKENS = 3, 1000, 200, 160
 TRAINING = TrainingSection(
     rounds=4, local_steps=15, batch_size=12, max_tokens=MAX_TOKENS, learning_rate=3e-3, schedule="constant"
@@ -201,14 +203,14 @@ def attack(noise_multiplier: float, cut: tuple[int, int], public: Texts, private
     return list(attack_tokens(knowledge, smashed_BTD, private))
 
 
-def attack_grid() -> None:
-    """Attack every cell that has no rows yet."""
+def token_attacks() -> Attacks:
+    """Prepare the attacks on tokens."""
     public, private = texts(load("train.csv", PUBLIC)), texts(load("dev.csv", PRIVATE))
-    attack_cells("privacy_attacks.csv", ATTACK_CUTS, lambda noise, cut: attack(noise, cut, public, private))
+    return lambda noise_multiplier, cut: attack(noise_multiplier, cut, public, private)
 
 
-def label_attacks(noise_multiplier: float, cut: tuple[int, int]) -> list[AttackResult]:
-    """Try every attack on the labels behind one output gradient of each private sequence."""
+def setting_of(noise_multiplier: float, cut: tuple[int, int]) -> AuditSetting:
+    """Open what an audit of a cell works on."""
     config = ServerConfig.model_validate(
         {
             "run": {"directory": RESULTS},
@@ -222,19 +224,31 @@ def label_attacks(noise_multiplier: float, cut: tuple[int, int]) -> list[AttackR
         DataSection(path=str(E2E / file), max_rows=rows, prompt_column="mr", completion_column="ref")
         for file, rows in (("train.csv", PUBLIC), ("dev.csv", DEV_ROWS))
     )
-    setting = open_setting(config, public=public, private=private, examples=PRIVATE)
+    return open_setting(config, public=public, private=private, examples=PRIVATE)
+
+
+def label_attacks(noise_multiplier: float, cut: tuple[int, int]) -> list[AttackResult]:
+    """Try every attack on the labels behind one output gradient of each private sequence."""
+    setting = setting_of(noise_multiplier, cut)
     protection = protections(setting)[-1]
     seen = [view(setting, protection, examples) for examples in (setting.public, setting.private)]
     results = gradient_results(setting, protection, *seen, on_progress=lambda part: None)
     return [result for result in results if result.target == "labels"]
 
 
-def attack_cells(name: str, cuts: Cuts, attacks: Callable[[float, tuple[int, int]], list[AttackResult]]) -> None:
-    """Make attacks for every cell that has no rows yet."""
-    file = RESULTS / name
-    there = {key(row) for row in rows_of(file)}
+def membership_attacks(noise_multiplier: float, cut: tuple[int, int]) -> list[AttackResult]:
+    """Tell apart records that a round's update was trained on, and others."""
+    games = MembershipGames(setting_of(noise_multiplier, cut), on_progress=lambda part: None)
+    outcomes = games.play(is_protected=noise_multiplier > 0, on_progress=lambda part: None)
+    return [outcome.result for outcome in outcomes]
+
+
+def attack_cells(target: str, cuts: Cuts, noises: Sequence[float], attacks: Attacks) -> None:
+    """Make the attacks on a target for every cell that has no rows yet."""
+    file = RESULTS / "leakage.csv"
+    there = {key(row) for row in rows_of(file) if row["target"] == target}
     for cut in cuts:
-        for noise_multiplier in ATTACK_NOISE:
+        for noise_multiplier in noises:
             cell = {"noise_multiplier": noise_multiplier, "bottom_blocks": cut[0], "top_blocks": cut[1]}
             if key(cell) in there:
                 continue
@@ -246,22 +260,24 @@ def attack_cells(name: str, cuts: Cuts, attacks: Callable[[float, tuple[int, int
                     file,
                     {
                         **cell,
+                        "target": target,
                         "attack": result.attack,
                         "recovered": round(result.rate, 4),
                         "low": round(low, 4),
                         "high": round(high, 4),
                         "chance": round(result.chance, 4),
                         "trials": result.trials,
+                        "epsilon": _or_infinity(epsilon([(noise_multiplier, 1)], DELTA)),
                     },
                 )
             best, took_s = max(results, key=lambda result: result.rate), time.monotonic() - started_s
-            print(f"{cell}: {best.attack} recovers {best.rate:.1%} of {best.target}, {took_s:.0f} s", flush=True)
+            print(f"{cell}: {best.attack} recovers {best.rate:.1%} of {target}, {took_s:.0f} s", flush=True)
 
 
 def main() -> None:
     """Fill the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("training", "attacks", "labels"), default=None)
+    parser.add_argument("--only", choices=("training", "tokens", "labels", "membership"), default=None)
     options = parser.parse_args()
     if not (BASE.is_dir() and E2E.is_dir()):
         print(f"skipped: needs {BASE} and {E2E}")
@@ -269,10 +285,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.only in (None, "training"):
         train_grid()
-    if options.only in (None, "attacks"):
-        attack_grid()
+    if options.only in (None, "tokens"):
+        attack_cells("tokens", ATTACK_CUTS, ATTACK_NOISE, token_attacks())
     if options.only in (None, "labels"):
-        attack_cells("privacy_labels.csv", LABEL_CUTS, label_attacks)
+        attack_cells("labels", LABEL_CUTS, ATTACK_NOISE, label_attacks)
+    if options.only in (None, "membership"):
+        attack_cells("membership", MEMBERSHIP_CUTS, MEMBERSHIP_NOISE, membership_attacks)
 
 
 if __name__ == "__main__":
