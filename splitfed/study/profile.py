@@ -13,9 +13,11 @@ from datetime import date
 from typing import Final
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from splitfed.compress import CODECS
+from splitfed.config import TrainingSection
 from splitfed.config.device import (
     AttentionSection,
     CodecRates,
@@ -26,13 +28,14 @@ from splitfed.config.device import (
     MatmulSection,
     ProcessSection,
 )
-from splitfed.models import LoraSettings, add_adapter, partition
+from splitfed.models import LoraSettings, Trunk, adapter_parameters, add_adapter, partition
 from splitfed.privacy import GaussianSequenceMechanism
 from splitfed.study.cost.parts import block_cost
 from splitfed.study.cost.shape import DTYPES, ModelShape, model_shape
 from splitfed.study.cost.timing import compute_s
 from splitfed.study.cost.workload import Workload
 from splitfed.study.profile_request import request_s
+from splitfed.training.optimiser import StepOptimiser
 from splitfed.training.runtime import prepare_process
 
 Progress = Callable[[str], None]
@@ -48,9 +51,11 @@ _CHAIN_ELEMENTS: Final = 1 << 21
 _TRY_S: Final = 0.005
 _ENOUGH_S: Final = 0.5
 _LONG_S: Final = 0.03
-_TRIES: Final = 30
+_TRIES: Final = 20
 _BARE = """
 import resource, splitfed.agent.main
+from splitfed.study.profile import tiny_step
+tiny_step()
 try:
     status = open("/proc/self/status").read()  # the largest so far of this program alone, not of who started it
     print(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
@@ -84,15 +89,18 @@ def measure_device(
         noise = _noise_rate()
         on_progress("a transformer block")
         call_s = _call_s()
+    on_progress("memory of a process")
+    process = ProcessSection(memory_bytes=_bare_process_bytes())
     profile = DeviceProfile(
         device=DeviceSection(name=platform.node() or "this device", source=_source(), memory_bytes=_memory_bytes()),
         matmul=MatmulSection(**products),
         attention=AttentionSection(**attentions),
         compute=ComputeSection(bandwidth_bytes_per_s=bandwidth, call_s=call_s, noise_elements_per_s=noise),
-        process=ProcessSection(memory_bytes=_bare_process_bytes()),
+        process=process,
         codecs=codecs,
         link=link,
     )
+    on_progress("a larger transformer block")
     profile = _corrected(profile)
     on_progress("requests")
     return _with(profile, request_s=request_s(_model(_NARROW, blocks=3), profile))
@@ -201,16 +209,17 @@ def _block_of(width: int) -> ModelShape:
 
 def _block_s(width: int, workload: Workload) -> float:
     """Time a real block with its adapter, forward and backward."""
+    trunk, hidden_BTD, gradient_BTD = _block(width, workload)
+    return _best_s(lambda: trunk(hidden_BTD).backward(gradient_BTD), enough_s=4 * _ENOUGH_S)
+
+
+def _block(width: int, workload: Workload) -> tuple[Trunk, Tensor, Tensor]:
+    """Give a real block with its adapter, what enters it, and a gradient of what leaves it."""
     trunk = partition(_model(width), bottom_blocks=0, top_blocks=0).trunk
     add_adapter(trunk, LoraSettings(), seed=0)
     trunk.train()
-    hidden_BTD = torch.randn(workload.sequences, workload.tokens, width, requires_grad=True)
-    gradient_BTD = torch.randn(workload.sequences, workload.tokens, width)
-
-    def step() -> None:
-        trunk(hidden_BTD).backward(gradient_BTD)
-
-    return _best_s(step, enough_s=4 * _ENOUGH_S)
+    hidden_BTD, gradient_BTD = torch.randn(2, workload.sequences, workload.tokens, width).unbind()
+    return trunk, hidden_BTD.requires_grad_(), gradient_BTD
 
 
 def _best_s(work: Callable[[], object], *, enough_s: float = _ENOUGH_S) -> float:
@@ -234,6 +243,14 @@ def _best_s(work: Callable[[], object], *, enough_s: float = _ENOUGH_S) -> float
     return best_s
 
 
+def tiny_step() -> None:
+    """Make a step of a block so small that what it takes is what its libraries take."""
+    prepare_process(1)
+    trunk, hidden_BTD, gradient_BTD = _block(_NARROW, Workload(batch_size=1, tokens=8))
+    trunk(hidden_BTD).backward(gradient_BTD)
+    StepOptimiser(adapter_parameters(trunk), TrainingSection()).step(0)
+
+
 def _memory_bytes() -> int:
     """Give the memory that is there for a process now; where the system does not say, all that is installed."""
     try:
@@ -245,7 +262,7 @@ def _memory_bytes() -> int:
 
 
 def _bare_process_bytes() -> int:
-    """Give the memory of an agent that holds no model."""
+    """Give the memory of an agent whose model is too small to count, with all that its first step loads."""
     kib = subprocess.run([sys.executable, "-c", _BARE], check=True, capture_output=True, text=True).stdout
     return int(kib) * (1 if sys.platform == "darwin" else 1024)
 

@@ -8,7 +8,7 @@ from splitfed.config.device import DeviceProfile, LinkSection
 from splitfed.study.cost.costs import Costs, SideCost, StageCost
 from splitfed.study.cost.meter import Work
 
-_ALLOCATOR: Final = 1.75
+_ALLOCATOR: Final = 1.9
 """Memory of a process ÷ memory in use, for what comes and goes: daemons keep freed blocks (see `prepare_process`), and
 the blocks of a loaded checkpoint, of forward and of backward have other sizes. Measured by benchmarks/cost_model.py."""
 
