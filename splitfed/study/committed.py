@@ -2,10 +2,10 @@
 
 import csv
 from pathlib import Path
-from typing import Any
 
 from splitfed.errors import ConfigError
 from splitfed.study.sweep import Row, read_sweep
+from splitfed.study.sweep.table import value_of
 
 _FOLDER = Path("benchmarks", "results")
 _MARK = Path("splitfed", "study")
@@ -68,15 +68,4 @@ def read_results(name: str, start: Path | str | None = None) -> list[Row]:
 
 def _plain(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as lines:
-        return [{column: _value(text) for column, text in row.items()} for row in csv.DictReader(lines)]
-
-
-def _value(text: str) -> Any:
-    if not text:
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+        return [{column: value_of(text) for column, text in row.items()} for row in csv.DictReader(lines)]

@@ -161,7 +161,7 @@ def leakage_points(folder: Path) -> list[LeakagePoint]:
                     bottom_blocks=found.bottom_blocks,
                     top_blocks=found.top_blocks,
                     noise_multiplier=0.0 if protection == "noise off" else noise_multiplier,
-                    target=target,
+                    recovers=target,
                     attack=best.attack,
                     recovered=best.rate,
                     chance=best.chance,

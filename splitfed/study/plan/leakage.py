@@ -5,39 +5,32 @@ from dataclasses import dataclass
 from typing import Final
 
 from splitfed.study.cost import SplitPoint
-from splitfed.study.plan.levels import Target, at_level, nearest_cuts
+from splitfed.study.plan.levels import Setting, Target, at_level, nearest_cuts
 
 TARGETS: Final = ("tokens", "labels")
 """What counts as a plan's leakage: tokens behind smashed data, labels behind output gradients."""
 
 
 @dataclass(frozen=True)
-class LeakagePoint:
+class LeakagePoint(Setting):
     """What the strongest of several attacks has recovered at one setting.
 
     Attributes:
-        n_blocks: Blocks of the model that was attacked.
-        hidden_size: D of that model.
-        tokens: T of what was attacked.
-        bottom_blocks: Blocks of the bottom.
-        top_blocks: Blocks of the top.
-        noise_multiplier: Of every channel.
-        target: "tokens" or "labels".
+        recovers: "tokens" or "labels".
         attack: The strongest attack.
         recovered: Share that it recovered.
         chance: What the best guess without looking gets.
     """
 
-    n_blocks: int
-    hidden_size: int
-    tokens: int
-    bottom_blocks: int
-    top_blocks: int
-    noise_multiplier: float
-    target: str
+    recovers: str
     attack: str
     recovered: float
     chance: float
+
+    @property
+    def level(self) -> float:
+        """Noise ÷ signal of a token's vector, up to a constant."""
+        return self.target.leakage_level(self.noise_multiplier)
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class LeakageTable:
     def __init__(self, points: Iterable[LeakagePoint]) -> None:
         self.points = tuple(points)
         for target in TARGETS:
-            if not any(point.target == target for point in self.points):
+            if not any(point.recovers == target for point in self.points):
                 raise ValueError(f"No attack on {target} is among them; add one.")
 
     @property
@@ -94,14 +87,14 @@ class LeakageTable:
         ends = {"tokens": (split_point.bottom_blocks, 0), "labels": (0, split_point.top_blocks)}
         found = {}
         for kind, end in ends.items():
-            points = [point for point in self.points if point.target == kind]
+            points = [point for point in self.points if point.recovers == kind]
             depths = nearest_cuts({(_depth(point), point.n_blocks) for point in points}, target, SplitPoint(*end))
             found[kind] = max(at_level(_curve(points, depth).items(), level) for depth in depths)
         return Leakage(**found)
 
 
 def _depth(point: LeakagePoint) -> tuple[int, int]:
-    return (point.bottom_blocks, 0) if point.target == "tokens" else (0, point.top_blocks)
+    return (point.bottom_blocks, 0) if point.recovers == "tokens" else (0, point.top_blocks)
 
 
 def _curve(points: Iterable[LeakagePoint], depth: tuple[int, int]) -> dict[float, float]:
@@ -109,9 +102,5 @@ def _curve(points: Iterable[LeakagePoint], depth: tuple[int, int]) -> dict[float
     curve: dict[float, float] = {}
     for point in points:
         if _depth(point) == depth:
-            curve[_level(point)] = max(curve.get(_level(point), 0.0), point.recovered)
+            curve[point.level] = max(curve.get(point.level, 0.0), point.recovered)
     return curve
-
-
-def _level(point: LeakagePoint) -> float:
-    return Target(point.n_blocks, point.hidden_size, point.tokens).leakage_level(point.noise_multiplier)

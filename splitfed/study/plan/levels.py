@@ -37,6 +37,32 @@ class Target:
         return noise_multiplier * math.sqrt(self.tokens * self.hidden_size)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Where something was measured.
+
+    Attributes:
+        n_blocks: Blocks of the model.
+        hidden_size: D of the model.
+        tokens: T.
+        bottom_blocks: Blocks of the bottom.
+        top_blocks: Blocks of the top.
+        noise_multiplier: Of every channel.
+    """
+
+    n_blocks: int
+    hidden_size: int
+    tokens: int
+    bottom_blocks: int
+    top_blocks: int
+    noise_multiplier: float
+
+    @property
+    def target(self) -> Target:
+        """The model and the length of its sequences."""
+        return Target(self.n_blocks, self.hidden_size, self.tokens)
+
+
 def at_level(curve: Iterable[tuple[float, float]], level: float) -> float:
     """Read a curve over noise levels, between two of them by the level's logarithm.
 

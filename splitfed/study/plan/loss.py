@@ -7,20 +7,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from splitfed.study.cost import SplitPoint
-from splitfed.study.plan.levels import Target, at_level, nearest_cuts
+from splitfed.study.plan.levels import Setting, Target, at_level, nearest_cuts
 
 
 @dataclass(frozen=True)
-class LossPoint:
+class LossPoint(Setting):
     """What one setting came to, as the mean of some runs.
 
     Attributes:
-        n_blocks: Blocks of the model that was trained.
-        hidden_size: D of that model.
-        tokens: T of its runs.
-        bottom_blocks: Blocks of the bottom.
-        top_blocks: Blocks of the top.
-        noise_multiplier: Of every channel.
         codec: In every direction of the cut.
         rank: Of the adapter.
         base_loss: Held-out loss before training, nats per token.
@@ -29,12 +23,6 @@ class LossPoint:
         runs: How many there are.
     """
 
-    n_blocks: int
-    hidden_size: int
-    tokens: int
-    bottom_blocks: int
-    top_blocks: int
-    noise_multiplier: float
     codec: str
     rank: int
     base_loss: float
@@ -45,7 +33,7 @@ class LossPoint:
     @property
     def level(self) -> float:
         """Noise ÷ signal of one number that crosses the cut, up to a constant."""
-        return Target(self.n_blocks, self.hidden_size, self.tokens).loss_level(self.noise_multiplier)
+        return self.target.loss_level(self.noise_multiplier)
 
 
 @dataclass(frozen=True)

@@ -210,14 +210,17 @@ def _parse(path: Path, whole: bytes) -> tuple[list[str], list[Row]]:
             raise ConfigError(
                 f"{path}: line {number} has {len(line)} columns, not {len(columns)}; correct or remove that line"
             )
-    return columns, [dict(zip(columns, map(_read, columns, line), strict=True)) for line in lines]
+    return columns, [dict(zip(columns, map(_field, columns, line), strict=True)) for line in lines]
 
 
-def _read(column: str, text: str) -> Any:
+def _field(column: str, text: str) -> Any:
+    return (text or None) if column in _TEXTS else value_of(text)
+
+
+def value_of(text: str) -> Any:
+    """Read a field of a table: numbers as numbers, None where there is nothing."""
     if not text:
         return None
-    if column in _TEXTS:
-        return text
     for kind in (int, float):
         try:
             return kind(text)

@@ -17,7 +17,7 @@ def loss_point(loss: float, **changes: object) -> LossPoint:
 def leakage_points(recovered: Mapping[float, tuple[float, float]]) -> list[LeakagePoint]:
     """Tokens and labels that were recovered, by noise, whatever the cut."""
     return [
-        replace(LEAK, noise_multiplier=noise, target=target, recovered=share)
+        replace(LEAK, noise_multiplier=noise, recovers=target, recovered=share)
         for noise, shares in recovered.items()
         for target, share in zip(("tokens", "labels"), shares, strict=True)
     ]

@@ -75,7 +75,7 @@ def audited(folder: Path, terms: AuditTerms = TERMS) -> Path:
 
 
 def test_an_audit_s_strongest_attacks_become_points(tmp_path: Path) -> None:
-    found = {(point.noise_multiplier, point.target): point for point in leakage_points(audited(tmp_path / "audit"))}
+    found = {(point.noise_multiplier, point.recovers): point for point in leakage_points(audited(tmp_path / "audit"))}
     assert found.keys() == {(0.0, "tokens"), (0.0, "labels"), (0.5, "tokens"), (0.5, "labels")}
     strongest = found[0.5, "tokens"]
     assert (strongest.attack, strongest.recovered, strongest.chance) == ("strong", 0.3, 0.1)

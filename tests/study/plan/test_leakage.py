@@ -34,7 +34,7 @@ def test_longer_sequences_have_more_noise_a_token_and_a_wider_model_has_not() ->
 
 def test_tokens_go_by_the_bottom_and_labels_by_the_top() -> None:
     points = [
-        replace(LEAK, bottom_blocks=blocks, top_blocks=blocks, target=target, recovered=share)
+        replace(LEAK, bottom_blocks=blocks, top_blocks=blocks, recovers=target, recovered=share)
         for blocks, target, share in ((0, "tokens", 0.9), (2, "tokens", 0.6), (0, "labels", 0.8), (2, "labels", 0.5))
     ]
     found = LeakageTable(points).leakage(SAME, SplitPoint(2, 0), noise=0.0)
