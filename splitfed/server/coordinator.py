@@ -3,10 +3,8 @@
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import replace
 from typing import TypeVar
 
 from safetensors import SafetensorError
@@ -22,6 +20,7 @@ from splitfed.server.devices import Device, Devices, shapes_of
 from splitfed.server.engine import Engine
 from splitfed.server.member_session import MemberSession
 from splitfed.server.membership import Membership
+from splitfed.server.round_figures import RoundFigures
 from splitfed.server.round_policy import LONGEST_LOOK_S, round_policy
 from splitfed.server.round_sessions import RoundSessions
 from splitfed.server.round_updates import RoundUpdates
@@ -55,6 +54,7 @@ class Coordinator:
 
     Attributes:
         devices: What each agent holds.
+        figures: What is counted.
     """
 
     def __init__(
@@ -91,11 +91,8 @@ class Coordinator:
         self._watched = WatchedClock(LONGEST_LOOK_S)
         self._pace = JointPace()
         self._refusals: dict[str, tuple[int, str]] = {}
-        self._contributions: dict[str, Contribution] = {}
-        self._round_started_s = clock()
         self._closing = asyncio.Lock()
-        self.wire_bytes: Counter[tuple[str, str]] = Counter()
-        self.happened: Counter[str] = Counter()
+        self.figures = RoundFigures(clock)
         self.rounds.restore(state.weights, clock())
         self._watchers = Watchers(self.rounds, clock)
         self._membership = Membership(config.run_id, self.rounds, state.agent_ids)
@@ -247,18 +244,6 @@ class Coordinator:
         """Say whether a session is still its client's own."""
         return self._sessions.is_current(session)
 
-    def count_bytes(self, client: str, *, up: int = 0, down: int = 0) -> None:
-        """Add to a client's traffic in this round."""
-        contribution = self._contributions.setdefault(client, Contribution())
-        contribution.bytes_up += up
-        contribution.bytes_down += down
-        self.wire_bytes[client, "up"] += up
-        self.wire_bytes[client, "down"] += down
-
-    def count_seconds(self, client: str, seconds: float) -> None:
-        """Add to the time in which requests of a client were in hand in this round."""
-        self._contributions.setdefault(client, Contribution()).server_seconds += seconds
-
     def note_progress(self, client: str) -> None:
         """Note that a member is at work outside its training stream."""
         self.rounds.progress(client, self._clock())
@@ -347,7 +332,7 @@ class Coordinator:
 
     def _note_opening(self, was_open: bool) -> None:
         if self.rounds.phase is Phase.OPEN and not was_open:
-            self._round_started_s = self._clock()
+            self.figures.start_clock()
 
     def _begin_round(self) -> list[MemberSession]:
         """Begin the current round, whether it was begun before or not; gives the sessions that are over by it."""
@@ -367,8 +352,7 @@ class Coordinator:
         )
         self._refusals = {client: said for client, said in self._refusals.items() if said[0] != number}
         self._begun += 1
-        self._contributions = {}
-        self._round_started_s = self._clock()
+        self.figures.begin()
         return self._sessions.begin(self._trunk_round)
 
     async def _submit(self, client: str, round: int, ends: Mapping[str, Tensor], contribution: Contribution) -> bool:
@@ -409,13 +393,7 @@ class Coordinator:
         self._updates.take(client, round, taken.adapter, ends)
         self._trunk_round.keep(client, taken)
         self.rounds.submit(client, round, self._clock())
-        counted = self._contributions.setdefault(client, Contribution())
-        self._contributions[client] = replace(
-            contribution,
-            bytes_up=counted.bytes_up,
-            bytes_down=counted.bytes_down,
-            server_seconds=counted.server_seconds,
-        )
+        self.figures.count_update(client, contribution)
         if round < self.rounds.current:
             _log.info("round %d: %s submitted late, for round %d", self.rounds.current, client, round)
         else:
@@ -458,13 +436,12 @@ class Coordinator:
             counted=self._updates.counted,
             aggregator=self._updates.aggregator_state,
         )
-        seconds = self._clock() - self._round_started_s
+        seconds = self.figures.seconds
         counted = {*self.rounds.submitted, *self.rounds.merged} - self._updates.refused.keys()
-        taken = {client: self._contributions[client] for client in counted}
         happened = happenings(self.rounds, refused=refused, left_out=self._updates.left_out)
         metrics = metrics_line(
             state,
-            taken,
+            self.figures.contributions(counted),
             rounds=self.rounds.rounds,
             seconds=seconds,
             happenings=happened,
@@ -479,8 +456,7 @@ class Coordinator:
         for session in self._begin_round():
             await self._engine.empty(session.slot)
         _log.info("round %d of %d is written (%.1f s)", state.round, self.rounds.rounds, seconds)
-        for what, who in happened.items():
-            self.happened[what] += who if isinstance(who, int) else len(who)
+        self.figures.note(happened)
         if happened:
             _log.info("round %d: %s", state.round, in_words(happened))
 

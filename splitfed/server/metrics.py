@@ -64,7 +64,7 @@ class _Traffic(Collector):
         family = CounterMetricFamily(
             "splitfed_wire_bytes", "Bytes on the wire, framing included", labels=["agent", "direction"]
         )
-        for (client, direction), count in sorted(self._coordinator.wire_bytes.items()):
+        for (client, direction), count in sorted(self._coordinator.figures.wire_bytes.items()):
             family.add_metric([client, direction], count)
         yield family
 
@@ -83,5 +83,5 @@ class _Happenings(Collector):
             labels=["what"],
         )
         for what in ("late", "dropped", "merged", "replaced", "taken_out", "silent", "left", "refused", "left_out"):
-            family.add_metric([what], self._coordinator.happened[what])
+            family.add_metric([what], self._coordinator.figures.happened[what])
         yield family

@@ -145,7 +145,7 @@ async def test_a_straggler_is_cut_off_at_three_times_the_median_time(
     (line,) = run.metrics()
     assert (line["late"], line["dropped"], list(line["agents"])) == (["d"], ["d"], ["a", "b", "c"])
     assert line["seconds"] == 7.0
-    assert run.coordinator.happened == {"late": 1, "dropped": 1}
+    assert run.coordinator.figures.happened == {"late": 1, "dropped": 1}
 
 
 async def test_without_a_margin_a_straggler_is_waited_for(open_run: OpenRun) -> None:

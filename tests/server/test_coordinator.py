@@ -228,9 +228,9 @@ async def test_a_round_leaves_a_checkpoint_an_adapter_and_a_line(run: Run) -> No
     await run.join("b")
     await run.train("a")
     await run.train("b")
-    run.coordinator.count_bytes("a", up=100, down=50)
+    run.coordinator.figures.count_bytes("a", up=100, down=50)
     for seconds in (0.5, 1.25):
-        run.coordinator.count_seconds("a", seconds)
+        run.coordinator.figures.count_seconds("a", seconds)
     run.now_s = 4.0
     await run.submit("a", tokens=64, training_loss=2.5)
     await run.submit("b", tokens=32)

@@ -60,7 +60,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
         self._coordinator.note_progress(request.client)
         header = federation_pb2.AdapterHeader(run_id=request.run_id, client=request.client, round=request.round)
         for message in adapter_messages(header, self._coordinator.start_of_round(request.client), self._codec):
-            self._coordinator.count_bytes(request.client, down=framed_bytes(message))
+            self._coordinator.figures.count_bytes(request.client, down=framed_bytes(message))
             yield message
 
     async def SubmitAdapter(
@@ -91,7 +91,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             run_id=header.run_id, client=header.client, round=header.round, step=header.step
         )
         for message in adapter_messages(reply, mean, self._codec):
-            self._coordinator.count_bytes(header.client, down=framed_bytes(message))
+            self._coordinator.figures.count_bytes(header.client, down=framed_bytes(message))
             yield message
 
     async def _receive(
@@ -109,7 +109,7 @@ class FederationService(federation_pb2_grpc.FederationServicer):
             received_bytes += framed_bytes(message)
             incoming.add(message)
             self._coordinator.note_progress(header.client)
-        self._coordinator.count_bytes(header.client, up=received_bytes)
+        self._coordinator.figures.count_bytes(header.client, up=received_bytes)
         return header, incoming.state()
 
     async def Leave(self, request: federation_pb2.LeaveRequest, context: Any) -> federation_pb2.LeaveReply:

@@ -16,6 +16,7 @@ from splitfed.proto.v1 import federation_pb2, generation_pb2, generation_pb2_grp
 from splitfed.server.base import BaseFolder
 from splitfed.server.devices import Devices
 from splitfed.server.generation import Generations, OpenSequence
+from splitfed.server.round_figures import RoundFigures
 from splitfed.server.services.identity import Identity
 from splitfed.server.sessions import LARGEST_VALUE
 from splitfed.training.link import link_codecs
@@ -42,8 +43,8 @@ class Members(Protocol):
         """What agents may hold."""
 
     @property
-    def wire_bytes(self) -> Any:
-        """Bytes by client and direction."""
+    def figures(self) -> RoundFigures:
+        """What is counted."""
 
     def check_member(self, client: str, agent_id: bytes) -> None:
         """Check that a call comes from the agent that joined under this name."""
@@ -102,7 +103,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         state = await self._off_loop(lambda: whole.ends_of(device, self._run.config.lora.rank))
         header = federation_pb2.AdapterHeader(run_id=request.run_id, client=request.client, round=whole.number)
         for message in adapter_messages(header, state, self._adapter_codec):
-            self._run.wire_bytes[request.client, "down"] += framed_bytes(message)
+            self._run.figures.wire_bytes[request.client, "down"] += framed_bytes(message)
             yield message
 
     async def Generate(self, request_iterator: _Requests, context: Any) -> AsyncIterator[generation_pb2.GenerateReply]:
@@ -122,7 +123,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 if answered <= opening.answered:
                     continue
                 for reply in await self._off_loop(partial(self._replies, output_1TD)):
-                    self._run.wire_bytes[sequence.client, "down"] += framed_bytes(reply)
+                    self._run.figures.wire_bytes[sequence.client, "down"] += framed_bytes(reply)
                     yield reply
         finally:
             self._generations.close(sequence)
@@ -153,7 +154,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             request = await self._within_patience(anext(requests, None), sequence)
             if request is None:
                 return None
-            self._run.wire_bytes[sequence.client, "up"] += framed_bytes(request)
+            self._run.figures.wire_bytes[sequence.client, "up"] += framed_bytes(request)
             body = request.WhichOneof("body")
             if body != ("smashed" if incoming is None else "chunk"):
                 raise ProtocolError(f"A sequence's stream holds {body or 'nothing'} where rows were due.")

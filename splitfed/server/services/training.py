@@ -40,9 +40,9 @@ class TrainingService(training_pb2_grpc.TrainingServicer):
                 # The operation ends even if the stream does: its answer is then there for the next stream.
                 since_s = time.perf_counter()
                 replies = await asyncio.shield(session.answer(operation))
-                self._coordinator.count_seconds(session.client, time.perf_counter() - since_s)
+                self._coordinator.figures.count_seconds(session.client, time.perf_counter() - since_s)
                 for reply in replies:
-                    self._coordinator.count_bytes(session.client, down=framed_bytes(reply))
+                    self._coordinator.figures.count_bytes(session.client, down=framed_bytes(reply))
                     yield reply
                 if self._coordinator.is_draining:
                     raise ServerUnreachable("The server is shutting down; come back when it is up again.")
@@ -76,7 +76,7 @@ class TrainingService(training_pb2_grpc.TrainingServicer):
         operation: Operation | None = None
         try:
             async for request in requests:
-                self._coordinator.count_bytes(session.client, up=framed_bytes(request))
+                self._coordinator.figures.count_bytes(session.client, up=framed_bytes(request))
                 if operation is None:
                     operation = Operation(request, session.codecs, session.limits)
                 else:
