@@ -80,7 +80,7 @@ def test_three_agents_fine_tune_a_pretrained_model_on_e2e(daemons: Daemons, stor
         {
             "model": {"base": str(stories260k), "bottom_blocks": 1, "top_blocks": 1},
             "lora": LORA,
-            "training": {**TRAINING, "rounds": 2, "local_steps": 15},
+            "training": {**TRAINING, "rounds": 2, "local_steps": 10},
             "federation": {"agents": 3},
             "aggregation": {"lora": "factors"},
             "codecs": OPEN,
