@@ -35,6 +35,12 @@ def every_partition(model: PreTrainedModel) -> Iterator[Partition]:
         yield partition(model, bottom_blocks=bottom_blocks, top_blocks=top_blocks)
 
 
+@pytest.fixture(scope="module")
+def partitions(model: PreTrainedModel) -> list[Partition]:
+    """The model at every split point: segments hold no state between calls."""
+    return list(every_partition(model))
+
+
 def split_loss_and_backward(parts: Partition, input_ids_BT: Tensor, labels_BT: Tensor, **masks: Tensor) -> tuple:
     """One forward and backward as over a wire: only values cross a split point, and gradients come back."""
     smashed_BTD = parts.bottom(input_ids_BT, **masks)
@@ -72,9 +78,11 @@ def assert_segments_equal_whole(model: PreTrainedModel, parts: Iterator[Partitio
             assert_equal_to_rounding(split_gradients[name], gradient, f"gradient of {name}, {where}")
 
 
-def test_segments_give_the_whole_models_loss_logits_and_gradients_at_every_split_point(model: PreTrainedModel) -> None:
+def test_segments_give_the_whole_models_loss_logits_and_gradients_at_every_split_point(
+    model: PreTrainedModel, partitions: list[Partition]
+) -> None:
     _, attention_mask_BT = padded_batch()
-    assert_segments_equal_whole(model, every_partition(model), attention_mask=attention_mask_BT)
+    assert_segments_equal_whole(model, iter(partitions), attention_mask=attention_mask_BT)
 
 
 def test_segments_equal_the_whole_model_without_a_mask(model: PreTrainedModel) -> None:
@@ -103,7 +111,9 @@ def test_segments_take_position_ids_as_the_whole_model_does(model: PreTrainedMod
 
 
 @torch.no_grad()
-def test_cached_decoding_through_segments_equals_the_whole_models(model: PreTrainedModel) -> None:
+def test_cached_decoding_through_segments_equals_the_whole_models(
+    model: PreTrainedModel, partitions: list[Partition]
+) -> None:
     input_ids_BT, attention_mask_BT = padded_batch()
     input_ids_BT, attention_mask_BT = input_ids_BT[::2], attention_mask_BT[::2]
     pieces = [(0, 8), (8, 9), (9, 10), (10, 11), (11, T)]
@@ -114,7 +124,7 @@ def test_cached_decoding_through_segments_equals_the_whole_models(model: PreTrai
         ).logits
         for a, b in pieces
     ]
-    for parts in every_partition(model):
+    for parts in partitions:
         bottom_cache, trunk_cache, top_cache = (segment.new_cache() for segment in parts)
         for (a, b), expected_BTV in zip(pieces, whole, strict=True):
             mask_BT = attention_mask_BT[:, :b]
