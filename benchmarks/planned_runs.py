@@ -2,20 +2,23 @@
 
 For each constraint in turn: the device is profiled, a plan is made with `splitfed plan`, and the configuration that it
 writes is given to real daemons, with a link of the planned rate and latency between them (a proxy on loopback). One
-CPU thread for each process. Bytes are what the agent counted, a step's time is that of the rounds after the first,
-memory is the kernel's largest of each process, epsilon is the ledger's.
+CPU thread for each process. Bytes are what the agent counted, a step's time is that from one step's end to the next
+one's, in rounds after the first, memory is the kernel's largest of each process, epsilon is the ledger's.
 """
 
 import argparse
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from splitfed.privacy import report_ledger
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
 GPT2 = "import sys, torch; from shapes import *; write_model(Path(sys.argv[1]), gpt2_small(), torch.float32)"
-TRAINING = {"rounds": 3, "local_steps": 4, "batch_size": 4, "max_tokens": 64}
+TRAINING = {"rounds": 3, "local_steps": 6, "batch_size": 4, "max_tokens": 64}
 ROWS = 64
 LINK = "20mbit,40ms"
 CASES: dict[str, dict[str, Sequence[str]]] = {
@@ -51,7 +54,7 @@ class Outcome:
 
     Attributes:
         chosen: The plan, as ``splitfed plan --json`` has it.
-        step_s: Seconds of a local step, median of the rounds after the first.
+        step_s: Seconds from one step's end to the next one's, median of the rounds after the first.
         up_bytes: Bytes of a step up.
         down_bytes: Bytes of a step down.
         memory_bytes: The agent's largest memory.
@@ -82,6 +85,7 @@ def run_plan(
     link: str = LINK,
     training: Mapping[str, int] = TRAINING,
     rows: int = ROWS,
+    profile: Path | None = None,
 ) -> Outcome:
     """Profile this machine, plan with options, and run what was planned.
 
@@ -93,10 +97,13 @@ def run_plan(
         link: Rate and round trip.
         training: Rounds, steps and sizes.
         rows: Rows of the data.
+        profile: This machine's profile; None: it is made first.
     """
     folder.mkdir()
-    profile, run = folder / "profile.toml", folder / "run.toml"
-    splitfed("profile", "--output", str(profile))
+    run = folder / "run.toml"
+    if profile is None:
+        profile = folder / "profile.toml"
+        splitfed("profile", "--output", str(profile))
     server_port, link_port = free_ports(2)
     lines = "".join(f"{key} = {value}\n" for key, value in training.items())
     run.write_text(
@@ -126,13 +133,22 @@ def run_plan(
     spent = report_ledger(state / "ledger.jsonl", delta=1e-5, relation="replace-one").epsilon_total
     return Outcome(
         chosen,
-        step_s=statistics.median(line["seconds"] / steps for line in rounds[1:]),
+        step_s=statistics.median(step_seconds(daemons.log("agent"))),
         up_bytes=crossed["up"] / steps,
         down_bytes=crossed["down"] / steps,
         memory_bytes=peaks["agent"],
         server_memory_bytes=peaks["server"],
         epsilon=spent,
     )
+
+
+def step_seconds(log: str) -> Iterable[float]:
+    """Give the seconds between the ends of steps that follow each other in a round, from an agent's log."""
+    pattern = r"^(\S+ \S+) INFO round (\d+) of \d+, step \d+ of"
+    ends = [(datetime.fromisoformat(at), int(number)) for at, number in re.findall(pattern, log, re.MULTILINE)]
+    for (before, of), (after, of_after) in pairwise(ends):
+        if of == of_after > 1:
+            yield (after - before).total_seconds()
 
 
 def splitfed(*arguments: str) -> str:
@@ -163,7 +179,7 @@ def main() -> None:
         bases = {"stories260k": STORIES, "gpt2-small": folder / "base"}
         if "gpt2-small" in options.shapes:  # in a process of its own, so that its memory is not ours
             subprocess.run([sys.executable, "-c", GPT2, str(folder / "base")], check=True, cwd=Path(__file__).parent)
-        words = write_words(folder / "words.jsonl", rows=ROWS, tokens=TRAINING["max_tokens"] - 2, vocabulary=50257)
+        words = write_words(folder / "words.jsonl", rows=ROWS, tokens=8, vocabulary=50257)
         for turn in range(options.turns):
             for shape in options.shapes:
                 if not bases[shape].is_dir():

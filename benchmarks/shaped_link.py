@@ -3,12 +3,14 @@
 import argparse
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
 from types import TracebackType
 
 CHUNK_BYTES = 16384
-QUEUED_BYTES = 1 << 20
+QUEUED_BYTES = 1 << 17
+"""What waits in the link at most, and in the kernel on each of its ends: a router's buffer, not a disk's."""
 
 
 class ShapedLink:
@@ -86,13 +88,21 @@ async def serve(address: str, bits_per_s: float, latency_s: float, listen: int) 
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            from_server, to_server = await asyncio.open_connection(host, int(port))
+            end = socket.socket(proto=socket.IPPROTO_TCP)  # else no bytes leave at once
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, QUEUED_BYTES)
+            end.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(end, (host, int(port)))
+            from_server, to_server = await asyncio.open_connection(sock=end)
         except OSError:
             writer.close()
             return
         await asyncio.gather(up.carry(reader, to_server), down.carry(from_server, writer))
 
-    server = await asyncio.start_server(connected, "127.0.0.1", listen)
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, QUEUED_BYTES)
+    listener.bind(("127.0.0.1", listen))
+    server = await asyncio.start_server(connected, sock=listener)
     print(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     async with server:
         await server.serve_forever()

@@ -78,6 +78,8 @@ class Plan:
         step_s: The same with the server's time shared among the agents of a round.
         up_bytes: Bytes of a step, agent to server.
         down_bytes: Bytes of a step, server to agent.
+        weight_bytes: The agent's share of the base model, which it fetches first unless it has the base model.
+        fetch_s: How long that takes on its link.
         loss: What it costs in loss.
         leakage: What attacks recover.
         epsilon: What the whole run costs the record that is worst off; infinite where nothing is guaranteed.
@@ -93,6 +95,8 @@ class Plan:
     step_s: float
     up_bytes: int
     down_bytes: int
+    weight_bytes: int
+    fetch_s: float
     loss: LossCost
     leakage: Leakage
     epsilon: float
@@ -175,6 +179,8 @@ def make_plans(
                         step_s=max(step.step_s, place.agents * step.server_s),
                         up_bytes=costs.link.up_bytes,
                         down_bytes=costs.link.down_bytes,
+                        weight_bytes=costs.agent.weight_bytes,
+                        fetch_s=costs.agent.weight_bytes / place.link.down_bytes_per_s,
                         loss=evidence.loss.cost(target, cut, noise=noise, codec=codec, rank=rank),
                         leakage=evidence.leakage.leakage(target, cut, noise=noise),
                         epsilon=epsilon_of((cut.bottom_blocks > 0, cut.top_blocks > 0), noise),

@@ -90,7 +90,8 @@ def expected(chosen: Plan) -> str:
         f"{bytes_text(chosen.memory_bytes)} of memory and {seconds(chosen.step_s)} a step (which overlap: agent "
         f"{seconds(step.agent_s)}, link {seconds(step.link_s)}, server {seconds(step.server_s)}), "
         f"{bytes_text(chosen.up_bytes)} up and {bytes_text(chosen.down_bytes)} down; the server "
-        f"{bytes_text(chosen.server_memory_bytes)} of memory"
+        f"{bytes_text(chosen.server_memory_bytes)} of memory; without a base model of its own the agent first fetches "
+        f"{bytes_text(chosen.weight_bytes)}, in {seconds(chosen.fetch_s)}"
     )
 
 
@@ -159,6 +160,8 @@ def _fields(each: Plan) -> dict[str, Any]:
         "server_s": each.step.server_s,
         "up_bytes": each.up_bytes,
         "down_bytes": each.down_bytes,
+        "weight_bytes": each.weight_bytes,
+        "fetch_s": each.fetch_s,
         "loss_cost_nats": each.loss.nats,
         "loss_cost_share": each.loss.share,
         "loss_spread_nats": each.loss.spread,

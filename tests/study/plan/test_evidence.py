@@ -4,16 +4,20 @@ import csv
 from importlib import resources
 from pathlib import Path
 
+import evidence as benchmark
 import pytest
+from evidence import BASE
 
 from splitfed.errors import ConfigError, DataError
 from splitfed.privacy.leakage import AttackResult
 from splitfed.study.audit_rows import Audit, AuditRow, AuditTerms
+from splitfed.study.cost import SplitPoint
 from splitfed.study.plan import LeakagePoint, LossPoint, evidence
 from splitfed.study.plan.evidence import PACKAGED, as_csv, leakage_points, loss_points, packaged
 from splitfed.study.sweep import run_sweep
 from tests.study.sweep.small_sweep import write_base, write_sweep
 
+WIDER = Path(__file__).parents[3] / "benchmarks" / "sweeps" / "wider.toml"
 TERMS = AuditTerms("run", "a-model", 12, 768, 1, 2, 64, 32, 500, 1e-5, "replace-one", True, "noise", 0.5)
 
 
@@ -100,6 +104,25 @@ def test_what_comes_with_splitfed_covers_what_is_planned_by_default() -> None:
     assert {point.codec for point in found.loss.points} >= {"none", "bf16", "int8"}
     assert {point.rank for point in found.loss.points} >= {4, 8, 16}
     assert all(0 <= point.chance < 1 and 0 <= point.recovered <= 1 for point in found.leakage.points)
+
+
+def test_the_cost_of_noise_carries_over_to_a_model_twice_as_wide() -> None:
+    """The embedded model, D = 128, on the same text: the share of the gain that noise takes, told from D = 64."""
+    measured = {point: point.loss for point in loss_points(WIDER)}
+    table = evidence().loss
+    quiet = min(measured.values())
+    for point in measured:
+        share = min(1.0, (point.loss - quiet) / (point.base_loss - quiet))
+        cut = SplitPoint(point.bottom_blocks, point.top_blocks)
+        told = table.cost(point.target, cut, noise=point.noise_multiplier, codec=point.codec, rank=point.rank).share
+        assert min(1.0, told) == pytest.approx(share, abs=0.25)
+
+
+def test_what_comes_with_splitfed_is_what_the_larger_runs_found() -> None:
+    if not BASE.is_dir():
+        pytest.skip(f"needs the size of the model in {BASE}")
+    assert as_csv(benchmark.losses()) == as_csv(packaged("loss.csv", LossPoint))
+    assert as_csv(benchmark.leakage()) == as_csv(packaged("leakage.csv", LeakagePoint))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("loss.csv", LossPoint), ("leakage.csv", LeakagePoint)])

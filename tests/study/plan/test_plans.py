@@ -47,6 +47,8 @@ def test_a_plan_promises_what_the_cost_model_says() -> None:
     assert found.server_memory_bytes == peak_memory_bytes(costs.server, SERVER)
     assert found.step == step_time(costs, PHONE, SERVER, LINK)
     assert (found.up_bytes, found.down_bytes) == (costs.link.up_bytes, costs.link.down_bytes)
+    assert found.fetch_s == found.weight_bytes * 8 / LINK.down_bits_per_s
+    assert found.weight_bytes == costs.agent.weight_bytes
     assert found.epsilon == run_epsilon(run, 0.01, False, False, examples=50)
     target = Target(SHAPE.n_blocks, SHAPE.hidden_size, 16)
     assert found.leakage == EVIDENCE.leakage.leakage(target, found.split_point, noise=0.01)
