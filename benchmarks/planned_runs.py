@@ -33,7 +33,7 @@ STORIES = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories26
 GPT2 = "import sys, torch; from shapes import *; write_model(Path(sys.argv[1]), gpt2_small(), torch.float32)"
 TRAINING = {"rounds": 3, "local_steps": 6, "batch_size": 4, "max_tokens": 64}
 ROWS = 64
-LINK = "20mbit,40ms"
+LINKS = {"stories260k": "20mbit,40ms", "gpt2-small": "100mbit,20ms"}
 CASES: dict[str, dict[str, Sequence[str]]] = {
     "stories260k": {
         "the fastest step of all": ["--prefer", "step"],
@@ -82,7 +82,7 @@ def run_plan(
     data: Path,
     options: Sequence[str],
     *,
-    link: str = LINK,
+    link: str,
     training: Mapping[str, int] = TRAINING,
     rows: int = ROWS,
     profile: Path | None = None,
@@ -186,7 +186,9 @@ def main() -> None:
                     print(f"{shape}: skipped, {bases[shape]} is not there")
                     continue
                 for number, (what, arguments) in enumerate(CASES[shape].items()):
-                    outcome = run_plan(folder / f"{turn}-{shape}-{number}", bases[shape], words, arguments)
+                    outcome = run_plan(
+                        folder / f"{turn}-{shape}-{number}", bases[shape], words, arguments, link=LINKS[shape]
+                    )
                     ratios = {key: round(value, 3) for key, value in outcome.ratios().items()}
                     found.setdefault(f"{shape}, {what}", []).append(ratios)
                     print(f"{shape}, {what}: {json.dumps(ratios)}; planned {json.dumps(outcome.chosen)}", flush=True)

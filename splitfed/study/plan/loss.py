@@ -57,8 +57,8 @@ class LossTable:
     """Says what a plan costs in loss, from what was measured.
 
     Effects of split point with noise, of the codec and of the rank are added up; each is that of settings which differ
-    in nothing else. Another model is taken to be hurt by noise ÷ signal as this one is, at the split point of the same
-    relative depth that trains the same segments.
+    in nothing else, and a codec that does no more than seeds do costs nothing. Another model is taken to be hurt by
+    noise ÷ signal as this one is, at the split point of the same relative depth that trains the same segments.
 
     Args:
         points: At least one without noise; of several at one setting that of most runs counts.
@@ -117,7 +117,8 @@ class LossTable:
             for other in self._alike(self.points)
             if _but_for_codec(point) == _but_for_codec(other)
         ]
-        return statistics.mean(pairs) if pairs else 0.0
+        cost = statistics.mean(pairs) if pairs else 0.0
+        return cost if abs(cost) > self._spread else 0.0  # what seeds do, too, is not the codec's
 
     def _rank_cost(self, rank: int) -> float:
         """Give the mean over what was measured at several ranks, between two of them by the rank's logarithm."""

@@ -128,7 +128,8 @@ def _assumptions(request: Request) -> list[str]:
     where = "there" if leaks == losses else f"on {leaks}"
     return [
         f"Steps of {training.batch_size} sequences of {training.max_tokens} tokens in {request.shape.dtype}, {agents}; "
-        f"{devices}; server: {server.name} ({server.source}).",
+        f"{devices}; server: {server.name} ({server.source}). Times and memory are estimates; with measured profiles "
+        "they were within 25 % of what runs took, so leave room.",
         "Loss cost is held-out loss above the best without noise, and its share of what training gained, as measured "
         f"on {losses}. Tokens and labels are what the strongest attacks recovered {where}: "
         "lower bounds on what leaks, never guarantees. They carry over to other models by noise ÷ signal and relative "

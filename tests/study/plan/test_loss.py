@@ -76,6 +76,12 @@ def test_ranks_are_read_between_those_that_were_measured() -> None:
     assert nats(table, rank=1) == pytest.approx(nats(table, rank=2))
 
 
+def test_a_codec_that_does_no_more_than_seeds_do_costs_nothing() -> None:
+    table = LossTable([loss_point(2.0), loss_point(2.02, codec="none"), loss_point(2.1, codec="bf16")])
+    assert nats(table, codec="none") == nats(table)  # the seeds' standard deviation is 0.03
+    assert nats(table, codec="bf16") == pytest.approx(0.1)
+
+
 def test_only_settings_that_differ_in_nothing_else_say_what_a_codec_costs() -> None:
     table = LossTable([loss_point(2.0), loss_point(3.0, codec="none", rank=16), loss_point(2.0, bottom_blocks=0)])
     assert nats(table, codec="none") == nats(table)
