@@ -67,7 +67,7 @@ except OSError:
 def measure_device(
     *, threads: int | None = None, link: LinkSection | None = None, on_progress: Progress = lambda what: None
 ) -> DeviceProfile:
-    """Measure this device, in a few seconds.
+    """Measure this device, in ten to twenty seconds.
 
     Args:
         threads: CPU threads for arithmetic; None: torch's choice, which is also the daemons'.
