@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from splitfed.config.address import parse_address
 from splitfed.config.device import LinkSection, parse_link
 from splitfed.config.load import load_server_config
 from splitfed.config.privacy import NoiseMultiplier
@@ -21,6 +22,7 @@ Aim = Literal["loss", "leakage", "step", "bytes", "memory"]
 AIMS: Final[tuple[Aim, ...]] = get_args(Aim)
 """What a choice may look at first; the others follow in this order."""
 Value = TypeVar("Value")
+_LOOPBACK, _WILDCARDS = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class PlanOptions:
         aim: What counts most.
         sweeps: Sweeps to go by.
         audits: Audits to go by.
-        address: Where agents reach the server.
+        address: Where agents reach the server; None: where it listens.
         data: The agents' data.
         output: Where to write configuration; None: nowhere.
         show: Plans to show for each device.
@@ -83,16 +85,38 @@ class PlanOptions:
     aim: Aim
     sweeps: Sequence[Path]
     audits: Sequence[Path]
-    address: str
+    address: str | None
     data: str
     output: Path | None
     show: int
 
     @property
     def agents(self) -> int:
-        """Agents of a round: what the run says, else as many as there are devices."""
+        """Agents of the run: what it says, else as many as there are devices."""
         federation, devices = self.config.federation, len(self.devices) + self.measure
         return max(federation.agents, devices) if "agents" in federation.model_fields_set else devices
+
+    @property
+    def in_a_round(self) -> int:
+        """Agents of a round."""
+        return self.config.federation.cohort or self.agents
+
+    def addresses(self) -> tuple[str, str]:
+        """Give where the server listens, and where agents reach it.
+
+        Raises:
+            ConfigError: If nothing says where they reach it.
+        """
+        listening = self.config.server.address
+        host, port = parse_address(self.address or listening)
+        if self.address is not None and "address" not in self.config.server.model_fields_set:
+            return (self.address if host in _LOOPBACK else f"0.0.0.0:{port}"), self.address
+        if self.address is None and (host in _WILDCARDS or port == 0):
+            raise ConfigError(
+                f"the server listens on {listening}, which says nothing of where agents reach it; add --address, such "
+                "as server.example.org:50151"
+            )
+        return listening, self.address or listening
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> "PlanOptions":
@@ -116,12 +140,10 @@ class PlanOptions:
             epsilon=_limit("--epsilon", given["epsilon"], math.inf),
         )
         link = given["link"]
-        address = given["address"] or config.server.address
-        try:
-            server_address(address)
-        except ValueError as error:
-            raise ConfigError(f"--address {error}") from error
-        return cls(
+        address = given["address"]
+        if address is not None:
+            _parsed("--address", server_address, address)
+        options = cls(
             config=config,
             devices=given["devices"] or [],
             measure=given["measure"],
@@ -141,6 +163,9 @@ class PlanOptions:
             output=given["output"],
             show=_at_least("--show", given["show"], 1),
         )
+        if options.output is not None:
+            options.addresses()
+        return options
 
 
 def _run(model: str | None, file: Path | None, dtype: str | None, agents: int | None) -> ServerConfig:

@@ -60,6 +60,36 @@ def test_what_is_written_is_read_by_both_daemons(tmp_path: Path, capsys: pytest.
     assert "exists already" in again
 
 
+def test_agents_are_told_where_the_server_listens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def addresses(name: str, *options: str) -> tuple[str, str]:
+        said(capsys, "--device", "phone", "--link", "20mbit,40ms", *FEW, "--output", str(tmp_path / name), *options)
+        server = load_server_config(tmp_path / name / "server.toml")
+        agent = load_agent_config(tmp_path / name / "agent-phone.toml")
+        assert (agent.tls is None) == (server.tls is None)
+        return server.server.address, agent.agent.server
+
+    assert addresses("a", "--model", "demo") == ("127.0.0.1:50151", "127.0.0.1:50151")
+    assert addresses("b", "--model", "demo", "--address", "127.0.0.1:50177") == ("127.0.0.1:50177", "127.0.0.1:50177")
+    outside = "server.example.org:50177"
+    assert addresses("c", "--model", "demo", "--address", outside) == ("0.0.0.0:50177", outside)
+    run = tmp_path / "run.toml"
+    tls = '[tls]\ncertificate = "s.pem"\nkey = "s.key"\nauthority = "ca.pem"\n'
+    run.write_text(f'[run]\ndirectory = "runs"\n[model]\nbase = "demo"\n[server]\naddress = "0.0.0.0:50199"\n{tls}')
+    assert addresses("d", "--config", str(run), "--address", outside) == ("0.0.0.0:50199", outside)
+    refused = [
+        "--config",
+        str(run),
+        "--device",
+        "phone",
+        "--link",
+        "20mbit,40ms",
+        *FEW,
+        "--output",
+        str(tmp_path / "e"),
+    ]
+    assert "says nothing of where agents reach it; add --address" in said(capsys, *refused, status=2)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -86,7 +116,7 @@ def test_what_is_written_is_read_by_both_daemons(tmp_path: Path, capsys: pytest.
         ([*DEMO, "--address", "here"], "--address is 'here'; write host:port"),
         (
             [*DEMO, "--max-memory", "10MB"],
-            "--max-memory 10.0 MB rules out every plan that keeps the others: the least is",
+            "--max-memory 10.0 MB rules out every plan: the least is",
         ),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final, TypeVar
 
 from splitfed.config.plan import AIMS, Aim
 from splitfed.study.plan.plans import Plan
 
-_LOSS_GRAIN, _LEAKAGE_GRAIN, _COST_GRAIN = 0.02, 0.01, 0.02
-"""Differences that are none: nats per token, share recovered, and parts of a cost. Seeds differ by as much."""
+Candidate = TypeVar("Candidate")
+
+_GRAINS: Final = (0.02, 0.01, 0.02, 0.02, 0.02, 0.0)
+"""Differences that are none: nats per token, share recovered, parts of a cost. Seeds differ by as much."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ def _what_is_missing(plans: Sequence[Plan], constraints: Sequence[Constraint]) -
         within = [plan for plan in plans if all(other.allows(plan) for other in others)]
         if within:
             least = min(map(each.of, within))
-            sentences.append(_too_much(each, least, " that keeps the others" if others else ""))
+            sentences.append(
+                _too_much(each, least, " that keeps the others" if any(o.is_asked for o in others) else "")
+            )
     if sentences:
         return sentences
     for each in constraints:
@@ -112,6 +117,10 @@ def _what_is_missing(plans: Sequence[Plan], constraints: Sequence[Constraint]) -
 
 
 def _too_much(constraint: Constraint, least: float, which: str = "") -> str:
+    if math.isinf(least):
+        return (
+            f"{constraint.name} rules out every plan{which}: without noise there is no epsilon; give --noise above 0."
+        )
     figure, excess = constraint.text(least), (constraint.difference or constraint.text)(least - constraint.limit)
     return f"{constraint.name} rules out every plan{which}: the least is {figure}, {excess} too much."
 
@@ -126,53 +135,43 @@ def pareto(plans: Iterable[Plan]) -> list[Plan]:
         plans: The plans.
 
     Returns:
-        Those that are left, in the order of a choice.
+        Those that are left, by their loss.
     """
-    seen: dict[tuple[float, ...], Plan] = {}
+    kept: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (plan.loss.nats, plan.step_bytes, plan.memory_bytes)):
-        seen.setdefault(_figures(plan), plan)
-    kept = [
-        plan
-        for figures, plan in seen.items()
-        if not any(
-            other is not figures and all(theirs <= own for theirs, own in zip(other, figures, strict=True))
-            for other in seen
-        )
+        if not any(_is_as_good(other, plan) for other in kept):
+            kept.append(plan)
+    better = [
+        plan for plan in kept if not any(_is_as_good(other, plan) and not _is_as_good(plan, other) for other in kept)
     ]
-    return sorted(kept, key=rank_by("loss"))
+    return better or kept
 
 
-def rank_by(aim: Aim) -> Callable[[Plan], tuple[float, ...]]:
-    """Give what plans are compared by: the aim first, then the others in their order.
+def best(candidates: Sequence[Candidate], figures: Callable[[Candidate], Sequence[float]], aim: Aim) -> Candidate:
+    """Choose by one figure after the other: who is as good as the best in one goes on to the next.
 
     Args:
+        candidates: At least one.
+        figures: What each comes to, in the order of ``figures_of``.
         aim: What counts most.
     """
-    order = [aim, *(other for other in AIMS if other != aim)]
-
-    def key(plan: Plan) -> tuple[float, ...]:
-        of = dict(zip(AIMS, _aims(plan), strict=True))
-        return (*(of[each] for each in order), plan.epsilon, plan.loss.nats)
-
-    return key
-
-
-def _aims(plan: Plan) -> tuple[float, ...]:
-    return (
-        round(plan.loss.nats / _LOSS_GRAIN),
-        round(plan.leakage.most / _LEAKAGE_GRAIN),
-        _on_a_grid(plan.step_s),
-        _on_a_grid(plan.step_bytes),
-        _on_a_grid(plan.memory_bytes),
-    )
+    left = list(candidates)
+    order = [AIMS.index(aim), *(number for number in range(len(_GRAINS)) if number != AIMS.index(aim))]
+    for number in order:
+        least = min(figures(each)[number] for each in left)
+        left = [each for each in left if figures(each)[number] <= least + _GRAINS[number]]
+    return min(left, key=lambda each: tuple(figures(each)))
 
 
-def _figures(plan: Plan) -> tuple[float, ...]:
-    return (*_aims(plan), plan.epsilon)
+def figures_of(plan: Plan) -> tuple[float, ...]:
+    """Give what plans are compared by: ``AIMS``, then epsilon; costs by their logarithm."""
+    costs = plan.step_s, plan.step_bytes, plan.memory_bytes
+    return (plan.loss.nats, plan.leakage.most, *map(math.log, costs), plan.epsilon)
 
 
-def _on_a_grid(cost: float) -> float:
-    return round(math.log(cost) / _COST_GRAIN)
+def _is_as_good(plan: Plan, other: Plan) -> bool:
+    pairs = zip(figures_of(plan), figures_of(other), _GRAINS, strict=True)
+    return all(own <= theirs + grain for own, theirs, grain in pairs)
 
 
-__all__ = ["Constraint", "Verdict", "judge", "pareto", "rank_by"]
+__all__ = ["Constraint", "Verdict", "best", "figures_of", "judge", "pareto"]

@@ -1,11 +1,13 @@
 """The planner as a command: from options to a plan, and to its configuration files."""
 
+import math
 from pathlib import Path
 
 from splitfed.config import AgentConfig, ServerConfig
 from splitfed.config.plan import PlanOptions
 from splitfed.errors import ConfigError
 from splitfed.models import resolve_base
+from splitfed.privacy import format_epsilon
 from splitfed.study.command_line import stages_on_stderr
 from splitfed.study.cost import model_shape
 from splitfed.study.plan.classes import device_profile
@@ -31,13 +33,15 @@ def plan_at_terminal(options: PlanOptions) -> Made:
         request = _request(options, on_stage)
         answer = plan(request, on_stage)
     if not answer.chosen:
-        raise ConfigError(f"{' '.join(answer.sentences)} Loosen that, or plan for a smaller model")
+        raise ConfigError(f"{' '.join(answer.sentences)} Loosen it, or plan with another model, device or link")
     written = [] if options.output is None else _written(options.output, options, answer)
     return Made(request, answer, options.show, written)
 
 
 def _request(options: PlanOptions, on_stage: OnStage) -> Request:
     config = options.config
+    if options.measure and options.link is None:
+        raise ConfigError("--measure tells nothing of the link; add --link, such as 20mbit,40ms")
     server = device_profile(options.server)
     profiles = [device_profile(each) for each in options.devices]
     base = config.model.base
@@ -66,7 +70,7 @@ def _request(options: PlanOptions, on_stage: OnStage) -> Request:
         server=server,
         limits=options.limits,
         evidence=evidence(options.sweeps, options.audits),
-        agents=options.agents,
+        agents=options.in_a_round,
         examples=options.examples,
         most_blocks=options.most_blocks,
         ranks=options.ranks,
@@ -77,11 +81,18 @@ def _request(options: PlanOptions, on_stage: OnStage) -> Request:
 
 
 def _written(folder: Path, options: PlanOptions, answer: Answer) -> list[Path]:
-    server = server_config(options.config, answer.chosen, agents=options.agents)
+    listening, address = options.addresses()
+    server = server_config(options.config, answer.chosen, agents=options.agents, address=listening)
     most_bytes = max(each.server_memory_bytes for each in answer.chosen.values())
     comment = f"Planned for {', '.join(answer.chosen)}.\nExpected: {bytes_text(most_bytes)} of memory."
     files: dict[str, tuple[ServerConfig | AgentConfig, str]] = {"server.toml": (server, comment)}
+    data = str(Path(options.data).resolve()) if Path(options.data).exists() else options.data
     for name, chosen in answer.chosen.items():
-        agent = agent_config(name, chosen, server, address=options.address, data=options.data)
-        files[f"agent-{name}.toml"] = (agent, f"Planned for {name}: {chosen}.\nExpected: {expected(chosen)}.")
+        agent = agent_config(name, chosen, server, address=address, data=data)
+        spent = f"epsilon {format_epsilon(chosen.epsilon)}" if math.isfinite(chosen.epsilon) else "no epsilon"
+        comment = (
+            f"Planned for {name}: {chosen}.\nExpected: {expected(chosen)};\n{spent} for the whole run, with "
+            f"{options.examples} rows of one sequence each: longer rows cost more."
+        )
+        files[f"agent-{name}.toml"] = (agent, comment)
     return write_files(folder, files)

@@ -16,13 +16,16 @@ from splitfed.study.plan.plans import Plan
 _DIRECTIONS = ("smashed", "trunk_output", "output_gradient", "smashed_gradient")
 
 
-def server_config(config: ServerConfig, chosen: Mapping[str, Plan], *, agents: int) -> ServerConfig:
+def server_config(
+    config: ServerConfig, chosen: Mapping[str, Plan], *, agents: int, address: str | None = None
+) -> ServerConfig:
     """Put a choice into a server's configuration.
 
     Args:
         config: What the run is besides.
         chosen: A plan for each device.
-        agents: Agents of a round.
+        agents: Agents of the run.
+        address: Where the server listens; None: as the configuration says.
 
     Raises:
         ConfigError: If the choice does not go together with it.
@@ -45,6 +48,8 @@ def server_config(config: ServerConfig, chosen: Mapping[str, Plan], *, agents: i
     privacy = {**sections.get("privacy", {}), "noise_multiplier": plans[0].noise_multiplier}
     privacy.pop("epsilon", None)
     federation = {**sections.get("federation", {}), "agents": agents}
+    if address is not None:
+        sections["server"] = {**sections.get("server", {}), "address": address}
     changed = {"model": model, "lora": lora, "codecs": codecs, "privacy": privacy, "federation": federation}
     try:
         return ServerConfig.model_validate({**sections, **changed})
@@ -72,8 +77,11 @@ def agent_config(name: str, plan: Plan, server: ServerConfig, *, address: str, d
             agent[key] = own
     noise = plan.noise_multiplier
     privacy = {"least_noise_multiplier": noise} if noise else {"noise_multiplier": 0.0}
+    sections: dict[str, Any] = {"agent": agent, "data": {"path": data}, "privacy": privacy}
+    if server.tls is not None:  # a certificate of its own, of the same authority
+        sections["tls"] = {"certificate": f"{name}.pem", "key": f"{name}.key", "authority": server.tls.authority.name}
     try:
-        return AgentConfig.model_validate({"agent": agent, "data": {"path": data}, "privacy": privacy})
+        return AgentConfig.model_validate(sections)
     except ValidationError as error:
         raise ConfigError(f"the agent {name!r}: {explain(error, AgentConfig)}") from error
 

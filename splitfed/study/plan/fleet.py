@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from splitfed.config.plan import Aim
-from splitfed.study.plan.choice import rank_by
+from splitfed.study.plan.choice import best, figures_of
 from splitfed.study.plan.plans import Plan
 
 
@@ -20,16 +20,19 @@ def choose(allowed: Mapping[str, Sequence[Plan]], aim: Aim) -> dict[str, Plan]:
     Returns:
         A plan by device; empty where no codec and noise serve all of them.
     """
-    key = rank_by(aim)
-    shared = set.intersection(*({_of_the_run(plan) for plan in plans} for plans in allowed.values()))
-    found: dict[tuple[float, ...], dict[str, Plan]] = {}
-    for pair in sorted(shared):
-        best = {
-            name: min((plan for plan in plans if _of_the_run(plan) == pair), key=key) for name, plans in allowed.items()
+    shared = sorted(set.intersection(*({_of_the_run(plan) for plan in plans} for plans in allowed.values())))
+    found = [
+        {
+            name: best([plan for plan in plans if _of_the_run(plan) == pair], figures_of, aim)
+            for name, plans in allowed.items()
         }
-        worst = tuple(max(figures) for figures in zip(*map(key, best.values()), strict=True))
-        found.setdefault(worst, best)
-    return found[min(found)] if found else {}
+        for pair in shared
+    ]
+    return best(found, _worst, aim) if found else {}
+
+
+def _worst(chosen: Mapping[str, Plan]) -> list[float]:
+    return [max(figures) for figures in zip(*map(figures_of, chosen.values()), strict=True)]
 
 
 def _of_the_run(plan: Plan) -> tuple[str, float]:

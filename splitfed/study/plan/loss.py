@@ -77,7 +77,7 @@ class LossTable:
             raise ValueError("No run without noise is among them, so nothing says what noise costs; add one.")
         self._codec = statistics.mode(point.codec for point in self.points)
         self._rank = statistics.mode(point.rank for point in self.points)
-        best = min(self._alike(quiet) or quiet, key=lambda point: point.loss)
+        best = min(quiet, key=lambda point: point.loss)
         self._reference, self._gain = best.loss, best.base_loss - best.loss
         self._spread = statistics.mean(point.spread for point in self.points)
 
@@ -102,7 +102,7 @@ class LossTable:
             for cut in nearest_cuts({(_cut(point), point.n_blocks) for point in points}, target, split_point)
         ]
         loss = statistics.mean(at) + self._codec_cost(codec) + self._rank_cost(rank)
-        nats = loss - self._reference
+        nats = max(0.0, loss - self._reference)
         is_beyond = level > max(point.level for point in points) * (1 + 1e-9)
         return LossCost(nats, nats / self._gain if self._gain > 0 else math.nan, self._spread, is_beyond)
 

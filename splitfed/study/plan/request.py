@@ -8,7 +8,7 @@ from splitfed.config.device import DeviceProfile, LinkSection
 from splitfed.config.plan import Aim, Limits
 from splitfed.config.run import CodecName
 from splitfed.study.cost import ModelShape
-from splitfed.study.plan.choice import Constraint, judge, pareto, rank_by
+from splitfed.study.plan.choice import Constraint, judge, pareto
 from splitfed.study.plan.evidence import Evidence
 from splitfed.study.plan.fleet import choose
 from splitfed.study.plan.plans import Axes, Place, Plan, make_plans, noise_for
@@ -120,9 +120,7 @@ def plan(request: Request, on_stage: OnStage = lambda what, part: None) -> Answe
         allowed[seat.name] = verdict.allowed
         prefix = f"{seat.name}: " if len(request.seats) > 1 else ""
         sentences += [prefix + sentence for sentence in verdict.sentences]
-    frontier = {
-        name: sorted(pareto(plans), key=rank_by(request.aim)) if plans else [] for name, plans in allowed.items()
-    }
+    frontier = {name: pareto(plans) for name, plans in allowed.items()}
     pool = frontier if len(request.seats) == 1 else allowed  # what one device does best, another may not be able to do
     chosen = choose(pool, request.aim) if all(pool.values()) else {}
     if not chosen and all(allowed.values()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitfed.privacy import format_epsilon
 from splitfed.study.plan.plans import Plan
 from splitfed.study.plan.request import Answer, Request, Seat
 from splitfed.study.plan.writing import bytes_text, nats, percent, seconds
@@ -66,7 +67,10 @@ class Made:
         found += [*self.answer.sentences, *_warnings(chosen), *_assumptions(self.request)]
         if self.written:
             files = ", ".join(map(str, self.written))
-            found.append(f"Written: {files}. Set data.path in each agent's file, then start splitfed server.")
+            found.append(
+                f"Written: {files}. Check data.path, and certificates where there are any, in each agent's file; then "
+                "start splitfed server."
+            )
         return found
 
     def as_json(self) -> str:
@@ -86,9 +90,10 @@ class Made:
 def expected(chosen: Plan) -> str:
     """Say what a plan is expected to take."""
     step = chosen.step
+    shared = ", for each agent in turn" if chosen.step_s > step.step_s else ""
     return (
         f"{bytes_text(chosen.memory_bytes)} of memory and {seconds(chosen.step_s)} a step (which overlap: agent "
-        f"{seconds(step.agent_s)}, link {seconds(step.link_s)}, server {seconds(step.server_s)}), "
+        f"{seconds(step.agent_s)}, link {seconds(step.link_s)}, server {seconds(step.server_s)}{shared}), "
         f"{bytes_text(chosen.up_bytes)} up and {bytes_text(chosen.down_bytes)} down; the server "
         f"{bytes_text(chosen.server_memory_bytes)} of memory; without a base model of its own the agent first fetches "
         f"{bytes_text(chosen.weight_bytes)}, in {seconds(chosen.fetch_s)}"
@@ -109,7 +114,7 @@ def _line(each: Plan) -> list[str]:
         f"{'≥ ' if each.loss.is_beyond else ''}{nats(each.loss.nats)}{share}",
         percent(each.leakage.tokens),
         percent(each.leakage.labels),
-        f"{each.epsilon:.4g}" if math.isfinite(each.epsilon) else "none",
+        format_epsilon(each.epsilon) if math.isfinite(each.epsilon) else "none",
     ]
 
 

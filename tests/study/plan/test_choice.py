@@ -8,7 +8,7 @@ import pytest
 
 from splitfed.study.cost import SplitPoint, StepTime
 from splitfed.study.plan import Constraint, Leakage, LossCost, Plan, judge, pareto
-from splitfed.study.plan.choice import rank_by
+from splitfed.study.plan.choice import best, figures_of
 from splitfed.study.plan.fleet import choose
 from splitfed.study.plan.writing import bytes_text, percent, points
 
@@ -65,6 +65,8 @@ def test_an_infeasible_request_says_which_constraint_and_by_how_much() -> None:
     assert verdict.sentences == [
         "--max-memory 500 MB rules out every plan that keeps the others: the least is 600 MB, 100 MB too much."
     ]
+    implied = replace(LEAKS, is_asked=False)
+    assert judge([of(6e8, 0.4)], [MEMORY, implied]).sentences[0].startswith("--max-memory 500 MB rules out every plan:")
 
 
 def test_either_of_two_constraints_may_be_the_one_to_loosen() -> None:
@@ -110,10 +112,17 @@ def test_differences_that_seeds_make_do_not_count() -> None:
     assert pareto([of(1e9, loss=0.101), of(0.999e9, loss=0.104), of(1e9, loss=0.109)]) == [of(1e9, loss=0.101)]
 
 
+def test_a_difference_that_counts_as_none_never_decides_wherever_it_lies() -> None:
+    for loss in (0.5, 0.5881, 0.59, 0.61):
+        slow, fast = of(loss=loss, step_s=2.0), of(loss=loss + 0.003, step_s=1.0)
+        assert best([slow, fast], figures_of, "loss") is fast
+        assert pareto([slow, fast]) == [fast]
+
+
 @pytest.mark.parametrize(("aim", "first"), [("loss", 0), ("leakage", 1), ("memory", 2)])
 def test_what_counts_most_comes_first(aim: str, first: int) -> None:
     plans = [of(9e8, 0.9, 0.1), of(9e8, 0.1, 0.5), of(1e8, 0.5, 0.5)]
-    assert min(plans, key=rank_by(aim)) is plans[first]  # type: ignore[arg-type]
+    assert best(plans, figures_of, aim) is plans[first]  # type: ignore[arg-type]
 
 
 def test_a_fleet_shares_codec_and_noise_and_is_best_where_it_is_worst() -> None:
