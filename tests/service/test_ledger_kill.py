@@ -116,7 +116,7 @@ def start(config: AgentConfig) -> ForkServerProcess:
 def test_a_killed_agent_has_charged_whatever_the_server_has_received(tmp_path: Path, wire: Wire) -> None:
     """Each life of the agent ends at a random instant of its round; the last one finishes the run."""
     draw = random.Random(2024)
-    data = write_texts(tmp_path / "a.jsonl", "a", 8)
+    data = write_texts(tmp_path / "a.jsonl", "a", 40)  # some are held out, whatever the salt
     run = server_config(
         tmp_path,
         training={"rounds": ROUNDS, "local_steps": STEPS, "batch_size": BATCH, "micro_batch_size": MICRO_BATCH},
