@@ -10,6 +10,7 @@ import grpc
 from torch import Tensor
 
 from splitfed.agent.generate_setup import Generator
+from splitfed.agent.no_server import gave_up, goes_on
 from splitfed.agent.segments import fetch_segments
 from splitfed.agent.server_calls import ServerCalls, translated
 from splitfed.compress import get_codec
@@ -136,12 +137,9 @@ class GenerateCalls:
             try:
                 return call()
             except ServerUnreachable as error:
+                goes_on(agent, backoff.tries, error)
                 if not backoff.pause():
-                    raise ServerUnreachable(
-                        f"No server answered at {agent.server} (tries: {backoff.tries + 1}, over "
-                        f"{agent.retry_for_s:.0f} s); start it, or check [agent] server, [tls] on both sides (last "
-                        f"reason: {error})."
-                    ) from error
+                    raise gave_up(agent, backoff.tries + 1, error) from error
 
     def _fetch(self, request: generation_pb2.FetchLastRoundRequest, generator: Generator) -> LastRound:
         incoming = IncomingAdapter(generator.shapes, get_codec(generator.run.codecs.adapter))

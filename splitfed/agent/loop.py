@@ -12,6 +12,7 @@ from torch import Tensor
 
 from splitfed.agent.leaving import leave
 from splitfed.agent.local_round import LocalRound, check_budget_of_round, evaluate_locally, train_locally
+from splitfed.agent.no_server import gave_up, goes_on
 from splitfed.agent.own_run import own_run
 from splitfed.agent.policy import agree
 from splitfed.agent.prepare import Prepared, prepare
@@ -83,15 +84,10 @@ class Agent:
                 _log.info("%s; joining again", str(error).rstrip("."))
                 reason: Exception = error
             except ServerUnreachable as error:
-                if self._backoff.tries == 0:
-                    _log.warning("no server at %s (%s); trying again", self._config.agent.server, error)
+                goes_on(self._config.agent, self._backoff.tries, error)
                 reason = error
             if not self._backoff.pause():
-                raise ServerUnreachable(
-                    f"No server answered at {self._config.agent.server} (tries: {self._backoff.tries + 1}, over "
-                    f"{self._config.agent.retry_for_s:.0f} s); start it, or check [agent] server, [tls] on both sides "
-                    f"(last reason: {reason})."
-                ) from reason
+                raise gave_up(self._config.agent, self._backoff.tries + 1, reason) from reason
 
     def close(self) -> None:
         """Release the ledger."""
