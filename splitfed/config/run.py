@@ -1,6 +1,6 @@
 """What holds for a whole run, the same on the server and on every agent."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -11,6 +11,8 @@ from splitfed.config.section import Base, Name, Section
 from splitfed.errors import JoinRefused
 
 CodecName = Literal["none", "bf16", "fp16", "int8"]
+DIRECTIONS: Final = ("smashed", "trunk_output", "output_gradient", "smashed_gradient")
+"""What crosses the cut in a step; each has a codec of its own."""
 
 
 class RunIdentity(Section):

@@ -13,7 +13,7 @@ from splitfed.config.contradictions import refuse_contradictions
 from splitfed.config.explain import explain
 from splitfed.config.federation import FederationSection
 from splitfed.config.privacy import PrivacySection, refuse_unsound
-from splitfed.config.run import CodecSection, LoraSection, ModelSection, TrainingSection
+from splitfed.config.run import DIRECTIONS, CodecSection, LoraSection, ModelSection, TrainingSection
 from splitfed.config.section import Section
 from splitfed.config.sweep import SweepConfig, SweepDataSection
 from splitfed.config.sweep_axes import BASELINES, Axis, axes
@@ -23,7 +23,6 @@ Method = Literal["split", "central", "fedlora"]
 _SECTIONS: Final = ("model", "lora", "training", "federation", "codecs", "aggregation", "privacy", "data")
 _OF_A_SPLIT: Final = ("model.bottom", "model.top", "codecs.", "aggregation.", "privacy.", "federation.")
 _OF_A_DEAL: Final = ("data.deal", "data.alpha", "data.labels_per_agent")
-_OPEN: Final = ("smashed", "trunk_output", "output_gradient", "smashed_gradient")
 
 
 class CellConfig(Section):
@@ -128,7 +127,7 @@ def _without_a_split(sections: Mapping[str, dict[str, Any]], method: str) -> dic
     changed = {
         "model": {**sections["model"], "bottom_blocks": 0, "top_blocks": 0},
         "federation": FederationSection(agents=sections["federation"]["agents"]).model_dump(),
-        "codecs": CodecSection.model_validate(dict.fromkeys(_OPEN, "none")).model_dump(),
+        "codecs": CodecSection.model_validate(dict.fromkeys(DIRECTIONS, "none")).model_dump(),
         "aggregation": AggregationSection().model_dump(),
         "privacy": PrivacySection(noise_multiplier=0).model_dump(),
     }

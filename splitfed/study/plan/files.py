@@ -10,10 +10,9 @@ from pydantic import ValidationError
 
 from splitfed.config import AgentConfig, ServerConfig, load_agent_config, load_server_config, to_toml
 from splitfed.config.explain import explain
+from splitfed.config.run import DIRECTIONS
 from splitfed.errors import ConfigError, OutputError
 from splitfed.study.plan.plans import Plan
-
-_DIRECTIONS = ("smashed", "trunk_output", "output_gradient", "smashed_gradient")
 
 
 def server_config(
@@ -34,7 +33,7 @@ def server_config(
     most_bottom, most_top, most_rank = (max(each) for each in zip(*map(_own, plans), strict=True))
     least_bottom, least_top, least_rank = (min(each) for each in zip(*map(_own, plans), strict=True))
     sections = {name: section.model_dump(exclude_unset=True) for name, section in config if section is not None}
-    codecs = {**sections.get("codecs", {}), **dict.fromkeys(_DIRECTIONS, plans[0].codec)}
+    codecs = {**sections.get("codecs", {}), **dict.fromkeys(DIRECTIONS, plans[0].codec)}
     model = {**sections["model"], "bottom_blocks": most_bottom, "top_blocks": most_top}
     lora = {**sections.get("lora", {}), "rank": most_rank, "alpha": config.lora.alpha / config.lora.rank * most_rank}
     for section, name, least, most in (

@@ -7,7 +7,7 @@ from functools import cache
 from splitfed.config import CodecSection, LoraSection, PrivacySection, RunConfig
 from splitfed.config.device import DeviceProfile, LinkSection
 from splitfed.config.privacy import refuse_unsound
-from splitfed.config.run import CodecName
+from splitfed.config.run import DIRECTIONS, CodecName
 from splitfed.errors import ConfigError
 from splitfed.study.cost import (
     ModelShape,
@@ -242,13 +242,11 @@ def _varieties(run: RunConfig, axes: Axes) -> Iterable[RunConfig]:
             {**run.lora.model_dump(), "rank": rank, "least_rank": None, "alpha": alpha_of_rank * rank}
         )
         for codec in axes.codecs:
-            codecs = CodecSection(**dict.fromkeys(_DIRECTIONS, codec), adapter=run.codecs.adapter)
+            codecs = CodecSection(**dict.fromkeys(DIRECTIONS, codec), adapter=run.codecs.adapter)
             for is_noisy in sorted({noise > 0 for noise in axes.noise_multipliers}):
                 noise = {"noise_multiplier": 1.0 if is_noisy else 0.0, "epsilon": None}
                 privacy = run.privacy.model_copy(update=noise)
                 yield run.model_copy(update={"lora": lora, "codecs": codecs, "privacy": privacy})
 
-
-_DIRECTIONS = ("smashed", "trunk_output", "output_gradient", "smashed_gradient")
 
 __all__ = ["Axes", "Place", "Plan", "make_plans", "noise_for", "run_epsilon", "split_points"]
