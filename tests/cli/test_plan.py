@@ -1,6 +1,7 @@
 """`splitfed plan` at a terminal: what it prints, what it writes, and what it says of options that cannot be."""
 
 import json
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_what_is_written_is_read_by_both_daemons(tmp_path: Path, capsys: pytest.
     assert "start splitfed server" in text
     again = said(capsys, "--config", str(run), *devices, *FEW, "--output", str(tmp_path / "out"), status=2)
     assert "exists already" in again
+
+
+def test_devices_whose_names_differ_in_case_alone_are_two_agents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (resources.files("splitfed.assets") / "profiles" / "phone.toml").read_text(encoding="utf-8")
+    (tmp_path / "other.toml").write_text(text.replace('name = "phone"', 'name = "Phone"'))
+    devices = ["--device", "phone", "--device", str(tmp_path / "other.toml"), "--link", "20mbit,40ms"]
+    found = json.loads(said(capsys, "--model", "demo", *devices, *FEW, "--json"))
+    assert found["chosen"].keys() == {"phone-1", "phone-2"}
 
 
 def test_agents_are_told_where_the_server_listens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

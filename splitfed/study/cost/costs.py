@@ -150,6 +150,14 @@ def cost_of(shape: ModelShape, split_point: SplitPoint, workload: Workload) -> C
         * What autograd keeps is what it keeps in the real segments, to the byte.
         * No weight is read or allocated.
     """
+    key = ("costs", split_point, workload)
+    if key not in shape.measured:  # the same on every device of a fleet
+        shape.measured[key] = _cost_of(shape, split_point, workload)
+    found: Costs = shape.measured[key]
+    return found
+
+
+def _cost_of(shape: ModelShape, split_point: SplitPoint, workload: Workload) -> Costs:
     shape.check(split_point.bottom_blocks, split_point.top_blocks)
     last = shape.n_blocks - split_point.top_blocks
     of_bottom, of_trunk, of_top = (

@@ -137,14 +137,17 @@ def pareto(plans: Iterable[Plan]) -> list[Plan]:
     Returns:
         Those that are left, by their loss.
     """
-    kept: list[Plan] = []
+    kept: list[tuple[Plan, tuple[float, ...]]] = []
     for plan in sorted(plans, key=lambda plan: (plan.loss.nats, plan.step_bytes, plan.memory_bytes)):
-        if not any(_is_as_good(other, plan) for other in kept):
-            kept.append(plan)
+        figures = figures_of(plan)
+        if not any(_is_as_good(other, figures) for _, other in kept):
+            kept.append((plan, figures))
     better = [
-        plan for plan in kept if not any(_is_as_good(other, plan) and not _is_as_good(plan, other) for other in kept)
+        plan
+        for plan, figures in kept
+        if not any(_is_as_good(other, figures) and not _is_as_good(figures, other) for _, other in kept)
     ]
-    return better or kept
+    return better or [plan for plan, _ in kept]
 
 
 def best(candidates: Sequence[Candidate], figures: Callable[[Candidate], Sequence[float]], aim: Aim) -> Candidate:
@@ -169,9 +172,8 @@ def figures_of(plan: Plan) -> tuple[float, ...]:
     return (plan.loss.nats, plan.leakage.most, *map(math.log, costs), plan.epsilon)
 
 
-def _is_as_good(plan: Plan, other: Plan) -> bool:
-    pairs = zip(figures_of(plan), figures_of(other), _GRAINS, strict=True)
-    return all(own <= theirs + grain for own, theirs, grain in pairs)
+def _is_as_good(figures: Sequence[float], others: Sequence[float]) -> bool:
+    return all(own <= theirs + grain for own, theirs, grain in zip(figures, others, _GRAINS, strict=True))
 
 
 __all__ = ["Constraint", "Verdict", "best", "figures_of", "judge", "pareto"]

@@ -53,9 +53,8 @@ def _request(options: PlanOptions, on_stage: OnStage) -> Request:
     seats: list[Seat] = []
     for profile in profiles:
         name = agent_name(profile.device.name)
-        alike = sum(agent_name(other.device.name) == name for other in profiles)
-        if alike > 1:
-            name += f"-{1 + sum(seat.device.device.name == profile.device.name for seat in seats)}"
+        if [agent_name(other.device.name) for other in profiles].count(name) > 1:
+            name += f"-{1 + sum(agent_name(seat.device.device.name) == name for seat in seats)}"
         link = options.link or profile.link
         if link is None:
             raise ConfigError(

@@ -79,13 +79,11 @@ class Answer:
         frontier: Plans of each device that keep its limits and that no other one beats in everything.
         chosen: A plan for each device; empty where there is none.
         sentences: What each limit rules out, by device.
-        tried: How many plans there were for a device.
     """
 
     frontier: Mapping[str, list[Plan]]
     chosen: Mapping[str, Plan]
     sentences: Sequence[str]
-    tried: int
 
 
 def plan(request: Request, on_stage: OnStage = lambda what, part: None) -> Answer:
@@ -102,7 +100,6 @@ def plan(request: Request, on_stage: OnStage = lambda what, part: None) -> Answe
     axes = Axes(request.most_blocks, request.ranks, request.codecs, noise_multipliers(request))
     allowed: dict[str, list[Plan]] = {}
     sentences: list[str] = []
-    tried = 0
     for number, seat in enumerate(request.seats):
         place = Place(seat.device, seat.link, request.server, agents=request.agents, examples=request.examples)
         made = make_plans(
@@ -115,7 +112,6 @@ def plan(request: Request, on_stage: OnStage = lambda what, part: None) -> Answe
                 f"plans for {name}", (before + part) / len(request.seats)
             ),
         )
-        tried = len(made)
         verdict = judge(made, constraints(request, seat))
         allowed[seat.name] = verdict.allowed
         prefix = f"{seat.name}: " if len(request.seats) > 1 else ""
@@ -125,7 +121,7 @@ def plan(request: Request, on_stage: OnStage = lambda what, part: None) -> Answe
     chosen = choose(pool, request.aim) if all(pool.values()) else {}
     if not chosen and all(allowed.values()):
         sentences.append(_nothing_shared(allowed))
-    return Answer(frontier, chosen, sentences, tried)
+    return Answer(frontier, chosen, sentences)
 
 
 def noise_multipliers(request: Request) -> list[float]:

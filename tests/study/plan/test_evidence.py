@@ -6,7 +6,6 @@ from pathlib import Path
 
 import evidence as benchmark
 import pytest
-from evidence import BASE
 
 from splitfed.errors import ConfigError, DataError
 from splitfed.privacy.leakage import AttackResult
@@ -118,9 +117,8 @@ def test_the_cost_of_noise_carries_over_to_a_model_twice_as_wide() -> None:
         assert min(1.0, told) == pytest.approx(share, abs=0.25)
 
 
-def test_what_comes_with_splitfed_is_what_the_larger_runs_found() -> None:
-    if not BASE.is_dir():
-        pytest.skip(f"needs the size of the model in {BASE}")
+def test_what_comes_with_splitfed_is_what_the_larger_runs_found(stories260k: Path) -> None:
+    assert stories260k == benchmark.BASE
     assert as_csv(benchmark.losses()) == as_csv(packaged("loss.csv", LossPoint))
     assert as_csv(benchmark.leakage()) == as_csv(packaged("leakage.csv", LeakagePoint))
 
