@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from splitfed.errors import NonFiniteLoss, PrivacyError, RoundLost
 from splitfed.models import adapter_parameters, load_adapter_state
 from splitfed.privacy import Ledger, PerExampleMechanism, StepSampling
-from splitfed.training.client_step import Loss, causal_lm_loss, count_label_tokens
+from splitfed.training.client_step import ClientTrainer, Loss, causal_lm_loss, count_label_tokens
 from splitfed.training.data import Example
 from splitfed.training.link import Link, Place
 from splitfed.training.objective import IGNORED_LABEL
@@ -452,3 +452,35 @@ def test_a_round_that_was_lost_on_the_way_runs_again_to_the_same_bits(lost_at: s
     client.link = link
     assert run_steps(client) == losses
     assert_same_bits(client.adapters(), undisturbed.adapters())
+
+
+# Gradients that are merged at every step
+
+
+def test_a_step_is_asked_for_once_the_mean_of_the_cohort_is_there() -> None:
+    """One that waits for two things at once is out of step for others where a broken stream holds one of them back."""
+    client, mean = split_client(), Future[dict[str, Tensor]]()
+    trainer = ClientTrainer(
+        client.parts.bottom,
+        client.parts.top,
+        TRAINING,
+        OpenReleases(),
+        client="a",
+        seed=3,
+        pad_token_id=0,
+        exchanges=True,
+    )
+
+    class Exchanging(RecordingLink):
+        def mean_gradient(self, *given: Any, **named: Any) -> Future[dict[str, Tensor]]:
+            self.gradients = super().mean_gradient(*given, **named).result(0)
+            return mean
+
+    link = Exchanging(client.link.inner)
+    work = trainer.step_work(link, TEXTS, round=1, step=0)
+    while next(work) is not mean:
+        pass
+    assert link.calls == ["forward", "backward", "mean_gradient"]
+    mean.set_result(link.gradients)
+    assert next(work).done()
+    assert link.calls[-1] == "step"
