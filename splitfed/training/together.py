@@ -235,6 +235,9 @@ class JointCalls:
 class FreeCalls(_NoCohort):
     """Runs every call as it comes on the shared adapter; a step that would make another too old waits.
 
+    More clients may come than were counted on, such as one that was replaced and is back: a step begins once fewer
+    than `Staleness.clients` are on their way.
+
     Args:
         submit: Runs something on the trunk.
         staleness: How old a step may be, and what it then counts for.
@@ -244,7 +247,7 @@ class FreeCalls(_NoCohort):
 
     Guarantees:
         * No step is older than `Staleness.most` as it is applied.
-        * While the clients that have begun a step go on, no step waits for ever.
+        * While the clients that have begun a step go on, nothing waits for ever.
         * A client that has left holds nobody up, whatever still comes from it.
     """
 
@@ -253,16 +256,23 @@ class FreeCalls(_NoCohort):
         self._staleness = staleness
         self._version = 0
         self._begun: dict[str, int] = {}
+        self._held: dict[str, list[tuple[TrunkForward, Future[Tensor]]]] = {}
         self._waiting: dict[str, tuple[int, float | None, Future[Applied]]] = {}
         self._left: set[str] = set()
         self._closed: LinkError | None = None
         self.ages: Counter[int] = Counter()
 
     def forward(self, call: TrunkForward, *, tokens: int = 0) -> Future[Tensor]:
-        """Run the forward with the adapter as it is."""
-        if call.trains and call.slot not in self._left:
-            self._begun.setdefault(call.slot, self._version)
-        return self._submit(lambda trainer: _only(trainer.forward_together([call])))
+        """Run the forward with the adapter as it is, once there is room for another step."""
+        if not call.trains or call.slot in self._left:
+            return self._submit(lambda trainer: _only(trainer.forward_together([call])))
+        answer = open_answer()
+        if self._closed is not None:
+            answer.set_exception(type(self._closed)(*self._closed.args))
+            return answer
+        self._held.setdefault(call.slot, []).append((call, answer))
+        self._begin_those_that_may()
+        return answer
 
     def backward(self, call: TrunkBackward) -> Future[Tensor | None]:
         """Run the backward with the adapter of its forward."""
@@ -284,15 +294,19 @@ class FreeCalls(_NoCohort):
         """Wait for this client's step no longer."""
         self._left.add(slot)
         self._begun.pop(slot, None)
+        for _, output in self._held.pop(slot, []):
+            output.set_exception(_lost())
         if slot in self._waiting:
             self._waiting.pop(slot)[2].set_exception(_lost())
         self._run_those_that_may()
 
     def close(self, error: LinkError) -> None:
-        """Fail the steps that wait, and those that come."""
+        """Fail what waits, and the steps that come or would begin."""
         self._closed = error
         waiting, self._waiting = self._waiting, {}
-        for _, _, answer in waiting.values():
+        held, self._held = self._held, {}
+        forwards = [output for calls in held.values() for _, output in calls]
+        for answer in [*forwards, *(answer for _, _, answer in waiting.values())]:
             answer.set_exception(type(error)(*error.args))
 
     def _run_those_that_may(self) -> None:
@@ -302,6 +316,16 @@ class FreeCalls(_NoCohort):
             self._version += 1
             applied = self._submit(self._single_step(slot, step, squared_norm))
             applied.add_done_callback(lambda done, answer=answer: hand_out(done, [answer]))  # type: ignore[misc]
+        self._begin_those_that_may()
+
+    def _begin_those_that_may(self) -> None:
+        for slot in list(self._held):
+            if slot not in self._begun and len(self._begun) >= self._staleness.clients:
+                continue
+            self._begun.setdefault(slot, self._version)
+            for call, output in self._held.pop(slot):
+                run = self._submit(lambda trainer, call=call: trainer.forward_together([call]))  # type: ignore[misc]
+                run.add_done_callback(lambda done, output=output: hand_out(done, [output]))  # type: ignore[misc]
 
     def _single_step(self, slot: str, step: int, squared_norm: float | None) -> Callable[[TrunkTrainer], list[Applied]]:
         rate = self._staleness.rate

@@ -545,20 +545,21 @@ class Free:
     Attributes:
         steps: Steps that each has made, or waits for.
         open: Forwards of the step that each has begun.
-        waiting: Those whose step is not applied yet.
+        waiting: Those whose step is not applied yet, or cannot begin yet.
     """
 
-    def __init__(self, clients: int, spare: int) -> None:
+    def __init__(self, clients: int, spare: int, more: int = 0) -> None:
         self.trunk = Versions()
         self.staleness = Staleness(clients - 1 + spare, clients)
         self.calls = FreeCalls(at_once(cast(TrunkTrainer, self.trunk)), self.staleness)
-        self.open = dict.fromkeys("abcde"[:clients], 0)
+        self.open = dict.fromkeys("abcdefg"[: clients + more], 0)
         self.steps = dict.fromkeys(self.open, 0)
-        self.waiting: dict[str, Future[Applied]] = {}
+        self.waiting: dict[str, Future[Any]] = {}
 
     def forward(self, client: str) -> None:
-        self.calls.forward(TrunkForward(client, self.steps[client], self.open[client], EMPTY))
+        self.waiting[client] = self.calls.forward(TrunkForward(client, self.steps[client], self.open[client], EMPTY))
         self.open[client] += 1
+        self._look()
 
     def step(self, client: str) -> None:
         self.waiting[client] = self.calls.step(client, self.steps[client])
@@ -584,11 +585,11 @@ moves = st.lists(st.tuples(st.sampled_from(["forward", "step", "step", "leave"])
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.integers(1, 5), st.integers(0, 3), moves)
+@given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 2), moves)
 def test_no_step_is_older_than_allowed_and_nobody_waits_for_ever_whoever_is_fast(
-    clients: int, spare: int, script: list[tuple[str, int]]
+    clients: int, spare: int, more: int, script: list[tuple[str, int]]
 ) -> None:
-    free = Free(clients, spare)
+    free = Free(clients, spare, more)
     for what, index in script:
         if what == "leave" and len(free.open) > 1 and index == 0:
             free.leave(next(iter(free.open)))
@@ -619,6 +620,20 @@ def test_a_fast_client_waits_where_its_step_would_make_a_slow_ones_too_old() -> 
     assert [age for slot, age, _ in free.trunk.applied if slot == "a"] == [1]
 
 
+def test_one_more_than_counted_on_begins_once_another_has_stepped_or_gone() -> None:
+    free = Free(clients=2, spare=0, more=2)
+    for client in "abcd":
+        free.forward(client)
+    assert list(free.waiting) == ["c", "d"]
+    free.step("a")
+    assert list(free.waiting) == ["d"]
+    free.leave("b")
+    assert not free.waiting
+    free.step("c")
+    free.step("d")
+    assert free.trunk.applied == [("a", 0, 1.0), ("c", 0, 1.0), ("d", 1, 2**-0.5)]
+
+
 def test_what_still_comes_from_a_client_that_left_holds_nobody_up() -> None:
     free = Free(clients=2, spare=0)
     free.forward("a")
@@ -638,9 +653,10 @@ def test_a_round_that_is_over_lets_those_go_whose_steps_wait() -> None:
     for _ in range(2):
         free.forward("b")
         free.step("b")
+    more = free.calls.forward(TrunkForward("c", 0, 0, EMPTY))
     (waiting,) = free.waiting.values()
     free.calls.close(RoundLost("Round 1 is over; wait for the next one."))
-    for asked in (waiting, free.calls.step("a", 0)):
+    for asked in (waiting, more, free.calls.step("a", 0), free.calls.forward(TrunkForward("a", 0, 1, EMPTY))):
         with pytest.raises(RoundLost, match="Round 1 is over; wait"):
             asked.result(0)
     assert len(free.trunk.applied) == 1
