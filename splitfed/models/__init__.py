@@ -16,7 +16,7 @@ from splitfed.models.fingerprint import canonical_config, tensor_hashes
 from splitfed.models.lora import LoraSettings, adapter_shapes
 from splitfed.models.partition import Bottom, Partition, Segment, Top, Trunk, partition
 from splitfed.models.ranks import adapter_ranks, settings_of
-from splitfed.models.residual import load_residual, residual_parameters
+from splitfed.models.residual import fitted_residual, load_residual, residual_parameters
 from splitfed.models.shell import load_config, load_shell
 from splitfed.models.slices import trunk_slice
 from splitfed.models.weights import load_bottom_and_top, load_trunk, segment_tensor_names
@@ -38,6 +38,7 @@ __all__ = [
     "canonical_config",
     "check_adapter",
     "export_adapter",
+    "fitted_residual",
     "initial_adapter",
     "load_adapter_state",
     "load_bottom_and_top",

@@ -63,15 +63,34 @@ def load_residual(segment: Segment, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: If a key of the segment is missing, or a tensor does not fit.
     """
+    fitted = fitted_residual(segment, state)
+    with torch.no_grad():
+        for key, parameter in residual_parameters(segment).items():
+            parameter.copy_(fitted[key])
+
+
+def fitted_residual(segment: Segment, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give tensors in the shapes of a segment's residual, which is left as it is.
+
+    Args:
+        segment: A segment with a residual.
+        state: As for `load_residual`.
+
+    Returns:
+        New tensors by whole-model key, for the segment's keys alone.
+
+    Raises:
+        ValueError: If a key of the segment is missing, or a tensor does not fit.
+    """
     parameters = residual_parameters(segment)
     if state:
         _check_fits(state, parameters)
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.zero_()
-            if state:
-                n_rows, n_columns = state[key].shape
-                parameter[:n_rows, :n_columns].copy_(state[key])
+    fitted = {key: torch.zeros_like(parameter, requires_grad=False) for key, parameter in parameters.items()}
+    for key, tensor in fitted.items():
+        if state:
+            n_rows, n_columns = state[key].shape
+            tensor[:n_rows, :n_columns] = state[key].detach()
+    return fitted
 
 
 def _check_fits(state: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:

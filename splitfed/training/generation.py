@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from splitfed.errors import ProtocolError
-from splitfed.models import Trunk, adapter_parameters, residual_parameters
+from splitfed.models import Trunk, adapter_parameters, fitted_residual, residual_parameters
 from splitfed.training.barrier import settle
 from splitfed.training.link import LinkCodecs, Traffic, cross
 
@@ -69,8 +69,9 @@ class TrunkSequence:
             local_names[id(parameter)]: adapter[name].to(self._parameter.device)
             for name, parameter in adapter_parameters(trunk).items()
         }
+        fitted = fitted_residual(trunk, residual)
         for name, parameter in residual_parameters(trunk).items():
-            self._tensors[local_names[id(parameter)]] = _padded(residual.get(name), parameter)
+            self._tensors[local_names[id(parameter)]] = fitted[name]
 
     @torch.no_grad()
     def forward(self, smashed_1TD: Tensor) -> Tensor:
@@ -125,12 +126,3 @@ class InProcessGenerationLink:
         output_1TD, received_bytes = cross(self.sequence.forward(came_1TD), self.codecs.trunk_output)
         self.traffic.received_bytes += received_bytes
         return output_1TD
-
-
-def _padded(factor: Tensor | None, parameter: Tensor) -> Tensor:
-    """Give a residual's factor the shape of its place, as `load_residual` does: the rest is zero."""
-    whole = torch.zeros_like(parameter, requires_grad=False)
-    if factor is not None:
-        n_rows, n_columns = factor.shape
-        whole[:n_rows, :n_columns] = factor
-    return whole

@@ -54,7 +54,7 @@ class TrunkPasses:
             ]
             output_NTD: Tensor = functional_call(
                 slot.trunk,
-                {local: tensors[name] for name, local in self._names(slot.trunk).items()},
+                {**slot.residual, **{local: tensors[name] for name, local in self._names(slot.trunk).items()}},
                 (_joined(entering),),
                 {
                     "attention_mask": _joined([each.attention_mask_BT for each in calls]),

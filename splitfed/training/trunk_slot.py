@@ -1,5 +1,6 @@
 """A client's place in a round on the trunk's side: what it may ask next, and what waits for its backward."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -84,6 +85,7 @@ class Slot:
         local_steps: Steps of a round.
         max_in_flight: Most forwards that may wait for their backward.
         denoiser: What takes noise away at the trunk's entrance.
+        residual: The frozen adapter under that, by the trunk's own names; empty: what the trunk holds.
         steps: Local steps that were applied.
         version: The adapter's at the first forward of the step that is on its way.
         pending: Forwards that wait, by step and micro-batch.
@@ -97,6 +99,7 @@ class Slot:
     local_steps: int
     max_in_flight: int
     denoiser: Denoiser | None = None
+    residual: Mapping[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     version: int = 0
     pending: dict[tuple[int, int], Pending] = field(default_factory=dict)

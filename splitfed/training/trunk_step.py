@@ -7,7 +7,7 @@ from torch import Tensor
 
 from splitfed.config import TrainingSection
 from splitfed.errors import ProtocolError
-from splitfed.models import Segment, Trunk, adapter_parameters, load_residual, trunk_slice
+from splitfed.models import Segment, Trunk, adapter_parameters, fitted_residual, residual_parameters, trunk_slice
 from splitfed.privacy.denoise import Denoiser
 from splitfed.training.trunk_adapter import TrunkAdapter
 from splitfed.training.trunk_pass import TrunkPasses, backward_pass
@@ -58,6 +58,7 @@ class TrunkTrainer:
         self._trunk = trunk
         self.denoiser = denoiser
         self._training = training
+        self._residual: dict[str, Tensor] = {}
         self._local_names: dict[Segment, dict[str, str]] = {}
         self._slices: dict[range, Trunk] = {}
         self._slots: dict[str, Slot] = {}
@@ -91,12 +92,14 @@ class TrunkTrainer:
         return self._slices[blocks]
 
     def load_residual(self, residual: Mapping[str, Tensor]) -> None:
-        """Set the frozen adapter under the trained ones, for every client and slice of the trunk.
+        """Set the frozen adapter under the trained ones, for the rounds that are opened after it.
+
+        A client that is late goes on with the one that its round began with; the trunk's own is left as it is.
 
         Args:
             residual: By whole-model name; keys of other segments are left aside.
         """
-        load_residual(self._trunk, residual)
+        self._residual = fitted_residual(self._trunk, residual)
 
     def open_shared(
         self,
@@ -155,6 +158,7 @@ class TrunkTrainer:
             local_steps=self._training.local_steps,
             max_in_flight=self._training.max_in_flight,
             denoiser=denoiser or self.denoiser,
+            residual=self._placed_residual(trunk),
         )
 
     def close(self, slot: str) -> None:
@@ -332,6 +336,15 @@ class TrunkTrainer:
         if trunk is not self._trunk:  # moments that go from client to client are of all blocks
             optimiser = {key: moment for key, moment in optimiser.items() if key.rpartition("/")[0] in state}
         return TrunkAdapter(state, optimiser, self._training, device=self._parameter.device, trained=trained)
+
+    def _placed_residual(self, trunk: Segment) -> dict[str, Tensor]:
+        """Give the residual by a trunk's own names; empty before there is one."""
+        if not self._residual:
+            return {}
+        local_names = {id(parameter): name for name, parameter in trunk.named_parameters()}
+        return {
+            local_names[id(parameter)]: self._residual[name] for name, parameter in residual_parameters(trunk).items()
+        }
 
     def _names(self, trunk: Segment) -> dict[str, str]:
         """Map whole-model names of a trunk's adapter to those of its own parameters."""

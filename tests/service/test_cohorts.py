@@ -29,11 +29,16 @@ def daemons(tmp_path: Path) -> Iterator[Daemons]:
     daemons.end()
 
 
-def small_run(folder: Path, *, rounds: int, **federation: Any) -> ServerConfig:
+def small_run(folder: Path, *, rounds: int, lora: str = "factors", **federation: Any) -> ServerConfig:
     for rows, name in enumerate(NAMES, start=5):
         write_texts(folder / f"{name}.jsonl", name, rows)
     federation = {"agents": 4, "agent_timeout_s": FAR_BEYOND_THE_TEST_S, **federation}
-    return server_config(folder, training={"rounds": rounds, "local_steps": 2}, federation=federation)
+    return server_config(
+        folder,
+        training={"rounds": rounds, "local_steps": 2},
+        federation=federation,
+        aggregation={"lora": lora},
+    )
 
 
 def start_all(folder: Path, server: LocalServer) -> list[Any]:
@@ -142,8 +147,11 @@ def test_a_straggler_is_cut_off_comes_back_and_the_run_ends(
     assert load_file(config.run.directory / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_late_update_is_merged_in_the_round_that_it_comes_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small_run(tmp_path, rounds=3, straggler_margin=3.0, late_updates="merge")
+@pytest.mark.parametrize("lora", ["factors", "flora"])
+def test_a_late_update_is_merged_in_the_round_that_it_comes_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: str
+) -> None:
+    config = small_run(tmp_path, rounds=3, lora=lora, straggler_margin=3.0, late_updates="merge")
     slow = Slow(monkeypatch)
     with serving(config) as server:
         slow.server = server

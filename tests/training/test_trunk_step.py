@@ -10,9 +10,19 @@ from torch import Tensor
 
 from splitfed.config import TrainingSection
 from splitfed.errors import ProtocolError
-from splitfed.models import Segment, adapter_parameters, adapter_state
+from splitfed.models import (
+    LoraSettings,
+    Segment,
+    adapter_parameters,
+    adapter_state,
+    add_adapter,
+    load_residual,
+    partition,
+    residual_parameters,
+)
 from splitfed.training.trunk_step import TrunkTrainer
 from tests.equivalence.closeness import assert_equal_to_rounding
+from tests.equivalence.tiny_models import tiny_model
 from tests.training.split_client import D, tiny_parts
 
 B, T = 2, 6
@@ -406,3 +416,41 @@ def test_without_a_denoiser_not_a_bit_changes() -> None:
     identity.open_round("a", 1, adapter_state(trunk), {})
     assert torch.equal(run_round(plain, "a"), run_round(identity, "a"))
     assert_same_bits(plain.result("a")[0], identity.result("a")[0])
+
+
+# A residual under the adapter
+
+
+def trunk_with_residual() -> tuple[Segment, dict[str, Tensor]]:
+    """A trunk of two blocks with a residual of zeros, and one to be put in its place."""
+    trunk = partition(tiny_model("llama"), bottom_blocks=1, top_blocks=1).trunk
+    add_adapter(trunk, LoraSettings(rank=2, alpha=4.0), seed=0, residual_rank=3)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: parameter.shape for name, parameter in residual_parameters(trunk).items()}
+    return trunk, {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("blocks", [None, range(2, 3)])
+def test_another_residual_holds_from_the_next_round_and_leaves_a_late_one_its_own(blocks: range | None) -> None:
+    trunk, residual = trunk_with_residual()
+    alone, late = (TrunkTrainer(trunk, TRAINING, seed=3) for _ in range(2))
+    for trainer in (alone, late):
+        trainer.open_round("late", 1, adapter_state(trunk), {}, blocks=blocks)
+    wanted = run_round(alone, "late")
+
+    found = [late.forward("late", 0, index, hidden("late", 0, index), wants_smashed_gradient=True) for index in (0, 1)]
+    late.load_residual(residual)  # the others' next round begins between its forward and its backward
+    late.open_round("next", 2, adapter_state(trunk), {}, blocks=blocks)
+    next_BTD = late.forward("next", 0, 0, hidden("next"), trains=False)
+    for index in (0, 1):
+        gradient_BTD = late.backward("late", 0, index, hidden("late", 0, index, "gradient"))
+        assert gradient_BTD is not None
+        found.append(gradient_BTD)
+    late.step("late", 0)
+    assert torch.equal(torch.stack([*found, *run_step(late, "late", 1)]), wanted)
+    assert_same_bits(late.result("late")[0], alone.result("late")[0])
+
+    part = late.trunk_over(blocks).eval()
+    assert not torch.allclose(next_BTD, part(hidden("next")), atol=1e-2)
+    load_residual(trunk, residual)
+    assert_equal_to_rounding(next_BTD, part(hidden("next")), "the next round's trunk output")
