@@ -388,10 +388,10 @@ class Coordinator:
     async def _count(self, session: MemberSession, ends: Mapping[str, Tensor], contribution: Contribution) -> None:
         """Count what a session came to, or change nothing."""
         client, round = session.client, session.round
-        taken = await self._trunk_round.take(client, session.slot)
+        taken = await self._trunk_round.take(session.slot)
         self._check_expected(session)
-        self._updates.take(client, round, taken.adapter, ends)
-        self._trunk_round.keep(client, taken)
+        turn = self._updates.take(client, round, taken.adapter, ends, turn=taken.turn)
+        self._trunk_round.keep(client, taken, turn)
         self.rounds.submit(client, round, self._clock())
         self.figures.count_update(client, contribution)
         if round < self.rounds.current:

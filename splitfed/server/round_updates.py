@@ -7,7 +7,7 @@ from torch import Tensor
 
 from splitfed.config import RunConfig
 from splitfed.errors import ProtocolError
-from splitfed.federation import Update, UpdateRefused, at_rank, make_aggregator, trained_factors
+from splitfed.federation import Turn, Update, UpdateRefused, at_rank, make_aggregator, trained_factors
 from splitfed.federation.variants import variant_of
 from splitfed.models.factors import factor_of
 from splitfed.server.devices import Devices
@@ -109,7 +109,15 @@ class RoundUpdates:
         factors = self._trained_factors(round)
         return {name: shape for name, shape in self._devices[client].shared.items() if factor_of(name) in factors}
 
-    def take(self, client: str, round: int, trunk: Mapping[str, Tensor], ends: Mapping[str, Tensor]) -> None:
+    def take(
+        self,
+        client: str,
+        round: int,
+        trunk: Mapping[str, Tensor],
+        ends: Mapping[str, Tensor],
+        *,
+        turn: Turn | None = None,
+    ) -> Turn | None:
         """Count a client's update, or hold it until it is known what the shared trunk has trained on its behalf.
 
         Args:
@@ -117,6 +125,10 @@ class RoundUpdates:
             round: The round that it was made in: this one, or an earlier one that it is late for.
             trunk: The trunk adapter that was trained on its behalf; empty where clients share one.
             ends: What it sent, by whole-model name.
+            turn: The trunk adapter before and after, where one goes from client to client.
+
+        Returns:
+            The turn as it is counted: cut short if the change, with that of the ends, was longer than the run allows.
 
         Raises:
             UpdateRefused: If its numbers are such that it is not counted; what is held is tried as well, as its client
@@ -131,12 +143,13 @@ class RoundUpdates:
                 self._try(client, ends)
                 self._held[client] = ends
             else:
-                self._add(client, {**of_trunk, **ends}, own_base)
+                turn = self._add(client, {**of_trunk, **ends}, own_base, turn)
         except UpdateRefused:
             raise
         except ValueError as error:
             raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
         self._counted[client] = round
+        return turn
 
     def result(self, shared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Give what the round's updates come to: the adapter of all keys, and the rule's figures.
@@ -157,19 +170,27 @@ class RoundUpdates:
                 self._uncount(client)
         kept = {name: tensor for name, tensor in shared.items() if name not in contested}
         if not contested and not self._variant.averages_trunk:
-            return {**self._ends, **kept}, {}
+            return {**self._ends, **kept}, _told({"clipped": self._aggregator.clipped})
         if self.refused and not self._added:
             return {**self._base, **kept}, {}
         aggregate = self._aggregator.result()
         self.left_out = sorted(self._added - set(aggregate.clients))
-        notes = {name: figure for name, figure in aggregate.notes.items() if figure}
-        return {**aggregate.adapter, **kept}, notes
+        return {**aggregate.adapter, **kept}, _told(aggregate.notes)
 
-    def _add(self, client: str, state: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None) -> None:
-        """Count what a client trained, if it trained anything."""
+    def _add(
+        self,
+        client: str,
+        state: Mapping[str, Tensor],
+        base: Mapping[str, Tensor] | None = None,
+        turn: Turn | None = None,
+    ) -> Turn | None:
+        """Count what a client trained, if it trained anything; gives its turn as it is counted."""
+        if not state and turn is None:
+            return None
+        counted = self._aggregator.add(client, Update(state, self._weight(client), base, turn))
         if state:
-            self._aggregator.add(client, Update(state, self._weight(client), base))
             self._added.add(client)
+        return counted.turn
 
     def _uncount(self, client: str) -> None:
         """Let a client's optimiser go on from the round that it would go on from without this one."""
@@ -188,3 +209,8 @@ class RoundUpdates:
 
     def _trained_factors(self, round: int) -> frozenset[str]:
         return trained_factors(self._rule.lora or "factors", round)
+
+
+def _told(notes: Mapping[str, float]) -> dict[str, float]:
+    """Leave out figures that have nothing to say."""
+    return {name: figure for name, figure in notes.items() if figure}

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from splitfed.config import FederationSection
 from splitfed.errors import LinkError, RoundLost
-from splitfed.federation import UpdateRefused
+from splitfed.federation import Turn
 from splitfed.federation.variants import ASYNC, Staleness, Variant
 from splitfed.server.engine import Engine
 from splitfed.training.joint_pace import JointPace
@@ -28,10 +27,12 @@ class Taken:
     Attributes:
         adapter: The trunk adapter that it leaves; empty where clients share one.
         optimiser: Its optimiser's state.
+        turn: The same adapter beside the one that the client began with, where one goes from client to client.
     """
 
-    adapter: dict[str, Tensor] = field(default_factory=dict)
-    optimiser: dict[str, Tensor] = field(default_factory=dict)
+    adapter: Mapping[str, Tensor] = field(default_factory=dict)
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
+    turn: Turn | None = None
 
 
 class TrunkRound:
@@ -139,30 +140,28 @@ class TrunkRound:
         if self._calls is not None:
             self._calls.close(error)
 
-    async def take(self, client: str, slot: str) -> Taken:
-        """Copy what the trunk has trained on a client's behalf; until it is kept, nothing comes of it.
-
-        Args:
-            client: The client, whose update is here.
-            slot: Its slot.
-
-        Raises:
-            UpdateRefused: If the next one in turn could not go on from it.
-        """
+    async def take(self, slot: str) -> Taken:
+        """Copy what the trunk has trained on behalf of a slot's client; until it is kept, nothing comes of it."""
         if self._variant.shares_adapter:
             return Taken()
         adapter, optimiser = await self._engine.snapshot(slot)
-        if self._variant.takes_turns and not all(bool(torch.isfinite(tensor).all()) for tensor in adapter.values()):
-            raise UpdateRefused(f"The trunk adapter that {client!r} leaves is not finite.")
-        return Taken(adapter, optimiser)
+        if not self._variant.takes_turns:
+            return Taken(adapter, optimiser)
+        return Taken(adapter, optimiser, Turn({name: self._adapter[name] for name in adapter}, adapter))
 
-    def keep(self, client: str, taken: Taken) -> None:
-        """Go on from what was taken of a client whose update is counted."""
-        if self._variant.takes_turns:
-            self._adapter |= taken.adapter
+    def keep(self, client: str, taken: Taken, turn: Turn | None) -> None:
+        """Go on from what was taken of a client whose update is counted.
+
+        Args:
+            client: The client.
+            taken: What was taken.
+            turn: Its turn as it is counted, where one adapter goes from client to client.
+        """
+        if turn is not None:
+            self._adapter |= turn.after
             self.optimisers.setdefault(SHARED, {}).update(taken.optimiser)
         elif not self._variant.shares_adapter:
-            self.optimisers[client] = taken.optimiser
+            self.optimisers[client] = dict(taken.optimiser)
 
     async def result(self) -> dict[str, Tensor]:
         """Give the trunk adapter that the round leaves, where it is not a mean of copies; empty where it is."""

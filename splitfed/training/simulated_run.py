@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from splitfed.config import AggregationSection, CodecSection, FederationSection, LoraSection, TrainingSection
-from splitfed.federation import Aggregator, Update, UpdateRefused, make_aggregator, merged, trained_factors
+from splitfed.federation import Aggregator, Turn, Update, UpdateRefused, make_aggregator, merged, trained_factors
 from splitfed.federation.cohort import ranked
 from splitfed.federation.variants import Staleness, Variant, variant_of
 from splitfed.models import (
@@ -35,7 +35,7 @@ from splitfed.training.work import Work, done
 
 _SHARED = "shared"
 _State = dict[str, Tensor]
-_Take = Callable[[str, Mapping[str, Tensor]], bool]
+_Take = Callable[[str, Turn], Turn | None]
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,14 @@ class SimulatedRun:
         for segment in self._segments if residual else []:
             load_residual(segment, residual)
         merged_names = set(adapter) if self._variant.averages_trunk else self._end_names
-        if merged_names:
-            self._aggregator.begin(adapter, round)
+        self._aggregator.begin(adapter, round)
         parts = {
             name: _Part(client, client.begin_round(adapter, residual, factors), client.trainer.optimiser.state())
             for name, client in cohort.items()
         }
         trained = frozenset(name for name in adapter if factor_of(name) in factors)
         train = self._train_one_adapter if self._variant.shares_adapter else self._train_each
-        of_trunk = train(parts, round, trained, lambda name, trunk: self._take(parts[name], trunk, merged_names, round))
+        of_trunk = train(parts, round, trained, lambda name, turn: self._take(parts[name], turn, merged_names, round))
         refused = self._result.refused.get(round, {})
         if len(cohort) - len(refused) < self._federation.quorum:
             reasons = " ".join(f"{name!r}: {reason}" for name, reason in sorted(refused.items()))
@@ -179,28 +178,31 @@ class SimulatedRun:
                 self._forget_moments(merged_names)
         self._result.adapter = adapter | {key: of_trunk[key] for key in of_trunk.keys() - merged_names}
 
-    def _take(self, part: "_Part", trunk: Mapping[str, Tensor], merged_names: Collection[str], round: int) -> bool:
+    def _take(self, part: "_Part", turn: Turn, merged_names: Collection[str], round: int) -> Turn | None:
         """Count a client's update, or note why it is refused and undo what it trained.
 
         Args:
             part: The client and what it started from.
-            trunk: What the trunk has trained on its behalf.
+            turn: The trunk adapter that it began with, and what the trunk has trained on its behalf.
             merged_names: Names that are merged at the round's end.
             round: The round, from 1.
+
+        Returns:
+            Its turn as it is counted; None if the update is refused.
         """
         client, factors = part.client, trained_factors(self._rule.lora or "factors", round)
         try:
-            if self._variant.takes_turns and not all(bool(tensor.isfinite().all()) for tensor in trunk.values()):
-                raise UpdateRefused("The trunk adapter that it leaves is not finite.")
-            state = {key: tensor for key, tensor in trunk.items() if key in merged_names}
+            state = {key: tensor for key, tensor in turn.after.items() if key in merged_names}
             state |= client.update(part.start, factors, round=round)
-            if state:
-                self._aggregator.add(client.name, Update(state, len(client.examples)))
+            own = turn if self._variant.takes_turns else None
+            if state or own:
+                update = self._aggregator.add(client.name, Update(state, len(client.examples), turn=own))
+                turn = update.turn or turn
         except UpdateRefused as error:
             self._result.refused.setdefault(round, {})[client.name] = str(error)
             client.go_back(part.start, part.moments)
-            return False
-        return True
+            return None
+        return turn
 
     def _forget_moments(self, names: Collection[str]) -> None:
         """Let optimisers start afresh on tensors that are no longer what they were."""
@@ -216,7 +218,7 @@ class SimulatedRun:
             parts: The cohort, in its order.
             round: The round, from 1.
             trained: Names that are trained in it.
-            take: Given each client's trunk adapter as soon as it is through; says whether its update is counted.
+            take: Given each client's turn as soon as it is through; gives it as it is counted, if it is.
 
         Returns:
             The trunk adapter that the round leaves, where clients take turns.
@@ -225,16 +227,14 @@ class SimulatedRun:
         for name, part in parts.items():
             owner = _SHARED if takes_turns else name
             optimiser = self._optimisers.get(owner, {})
-            blocks = part.client.trunk.blocks
-            self._trunk.open_round(
-                name, round, {**self._result.adapter, **left}, optimiser, blocks=blocks, trained=trained
-            )
+            blocks, before = part.client.trunk.blocks, {**self._result.adapter, **left}
+            self._trunk.open_round(name, round, before, optimiser, blocks=blocks, trained=trained)
             self._result.losses[name] += done(self._work(part.client, OwnCalls(at_once(self._trunk)), round))
             trunk, state = self._trunk.result(name)
             self._trunk.close(name)
-            if take(name, trunk):
+            if (turn := take(name, Turn({key: before[key] for key in trunk}, trunk))) is not None:
                 self._optimisers[owner] = {**optimiser, **state}
-                left |= trunk if takes_turns else {}
+                left |= turn.after if takes_turns else {}
         return left
 
     def _train_one_adapter(
@@ -255,7 +255,7 @@ class SimulatedRun:
             self._result.oldest_step = max(self._result.oldest_step, *free.ages)
         adapter, self._optimisers[_SHARED] = self._trunk.shared_result(_SHARED)
         for name, part in parts.items():
-            take(name, _of_blocks(adapter, part.client.trunk))
+            take(name, Turn({}, _of_blocks(adapter, part.client.trunk)))
         trained_by_any = [_of_blocks(adapter, part.client.trunk) for part in parts.values()]
         return {name: tensor for state in trained_by_any for name, tensor in state.items()}
 

@@ -303,10 +303,10 @@ class FreeCalls(_NoCohort):
     def close(self, error: LinkError) -> None:
         """Fail what waits, and the steps that come or would begin."""
         self._closed = error
-        waiting, self._waiting = self._waiting, {}
-        held, self._held = self._held, {}
-        forwards = [output for calls in held.values() for _, output in calls]
-        for answer in [*forwards, *(answer for _, _, answer in waiting.values())]:
+        answers: list[Future[Any]] = [answer for _, _, answer in self._waiting.values()]
+        answers += [output for calls in self._held.values() for _, output in calls]
+        self._waiting, self._held = {}, {}
+        for answer in answers:
             answer.set_exception(type(error)(*error.args))
 
     def _run_those_that_may(self) -> None:

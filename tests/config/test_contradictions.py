@@ -10,6 +10,7 @@ from splitfed.errors import ConfigError
 
 BASE = '[run]\ndirectory = "run"\n[model]\nbase = "demo"\n'
 STEP = 'variant = "parallel"\nmerge_ends = "step"\n'
+LATE = '[federation]\nagents = 3\nstraggler_margin = 3.0\nlate_updates = "merge"\n'
 SAME = 'with federation.merge_ends = "step" all bring the same bottom and top; leave '
 
 
@@ -64,6 +65,14 @@ def load(tmp_path: Path) -> Callable[[str], ServerConfig]:
         (
             '[federation]\nvariant = "sflv2"\nagents = 3\nstraggler_margin = 3.0\nlate_updates = "merge"',
             'federation.late_updates = "merge" needs variant = "sflv1", not "sflv2"',
+        ),
+        (
+            f'{LATE}[aggregation]\nlora = "alternating"',
+            'federation.late_updates = "merge" does not go with aggregation.lo',
+        ),
+        (
+            f'{LATE}[aggregation]\nlora = "flora"',
+            'federation.late_updates = "merge" does not go with aggregation.lora = "flora": the next round puts another ',
         ),
         (f"[lora]\nleast_rank = 2\n[federation]\n{STEP}", 'federation.merge_ends = "step" needs agents that hold the '),
         (

@@ -89,6 +89,14 @@ def test_every_rule_over_grpc_gives_the_bits_of_one_process(
     assert_bits_of_one_process(tmp_path, config, files)
 
 
+def test_turns_that_are_cut_short_over_grpc_have_the_bits_of_one_process(tmp_path: Path) -> None:
+    federation = {"agents": 2, "quorum": 2, "variant": "sflv2"}
+    aggregation = {"lora": "factors", "norm_bound": 0.01}
+    config = server_config(tmp_path, federation=federation, aggregation=aggregation)
+    files = run_daemons(tmp_path, config, {"a": 12, "b": 5})
+    assert_bits_of_one_process(tmp_path, config, files)
+
+
 @pytest.mark.parametrize("variant", ["sflv2", "parallel", "async"])
 def test_one_agent_over_grpc_has_the_loss_curve_of_central_lora(tmp_path: Path, variant: str) -> None:
     config = server_config(tmp_path, training={"warmup_steps": 2, "rounds": 3}, federation={"variant": variant})

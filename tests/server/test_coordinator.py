@@ -46,6 +46,7 @@ class Run:
         agents: int = 2,
         rounds: int = 2,
         local_steps: int = STEPS,
+        aggregation: Mapping[str, Any] = {},
         **federation: Any,
     ) -> None:
         self.now_s = 0.0
@@ -56,6 +57,7 @@ class Run:
             folder,
             training={"rounds": rounds, "local_steps": local_steps},
             federation={"agents": agents, "agent_timeout_s": TIMEOUT_S, **federation},
+            aggregation=aggregation,
         )
         self.engine = RecordingEngine()
         self.store = RunStore(folder / "run", {"name": "small"}, resume=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from splitfed.config import FederationSection, LoraSection, ModelSection, RunConfig, RunIdentity
 from splitfed.config.aggregation import AggregationSection
 from splitfed.errors import ProtocolError
-from splitfed.federation import UpdateRefused
+from splitfed.federation import Turn, UpdateRefused
 from splitfed.server.devices import Devices, shapes_of
 from splitfed.server.round_updates import RoundUpdates
 from splitfed.server.store import RunState
@@ -203,6 +203,25 @@ def test_an_update_that_is_too_long_is_refused_in_every_variant(begun: MakeUpdat
         updates.take("a", 1, of_trunk(variant, 0.0), factors(1.0, 2.0))  # √6 · 2 > 4
     updates.take("b", 1, of_trunk(variant, 0.0), factors(1.0, 1.0))
     assert updates.counted == {"b": 1}
+
+
+def test_a_turn_that_is_too_long_is_refused_though_the_ends_are_as_they_were(begun: MakeUpdates) -> None:
+    updates = begun("sflv2", aggregation={"refuse_norm": 4.0})
+    after = factors(1.0, 2.0, trunk=True)
+    with pytest.raises(UpdateRefused, match="above refuse_norm = 4"):
+        updates.take("a", 1, after, factors(1.0, 0.0), turn=Turn(START.trunk, after))
+    assert updates.counted == {}
+
+
+@pytest.mark.parametrize("state", [START, RunState(0, START.trunk, {})], ids=["with ends", "without"])
+def test_a_long_turn_is_cut_short_and_the_metrics_say_so(begun: MakeUpdates, state: RunState) -> None:
+    updates = begun("sflv2", state=state, aggregation={"norm_bound": math.sqrt(6.0)})
+    after = factors(1.0, 2.0, trunk=True)
+    turn = updates.take("a", 1, after, state.ends, turn=Turn(state.trunk, after))
+    assert turn is not None
+    torch.testing.assert_close(turn.after, factors(1.0, 1.0, trunk=True))
+    _, notes = updates.result(turn.after)
+    assert notes == {"clipped": 1}
 
 
 def test_a_held_update_that_is_refused_at_the_end_is_named_and_its_optimiser_goes_on_from_before(

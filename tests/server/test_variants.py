@@ -794,9 +794,22 @@ async def test_a_turn_that_leaves_an_adapter_that_is_not_finite_is_refused(
         return {TRUNK: torch.full((2, 3), math.nan)}, {}
 
     monkeypatch.setattr(run.engine, "snapshot", spoilt)
-    with pytest.raises(UpdateRefused, match="trunk adapter that 'a' leaves is not finite"):
+    with pytest.raises(UpdateRefused, match=f"'{TRUNK}' has values from nan to nan"):
         await submit(run, "a")
     assert run.coordinator.rounds.submitted == []
+
+
+async def test_the_next_turn_goes_on_from_one_that_is_cut_short(open_run: OpenRun) -> None:
+    """A turn adds one to each of six elements, and the ends change by nothing."""
+    run = open_run("sflv2", agents=2, aggregation={"norm_bound": 0.5 * math.sqrt(6)})
+    first, second = await turns(run, *"ab")
+    await step_together(await open_all(run, first), *range(STEPS))
+    await submit(run, first, value=0.0)
+    sessions = await open_all(run, second)
+    torch.testing.assert_close(start_of(run, sessions[second])[0], torch.full((2, 3), 0.5))
+    await finish(run, sessions)
+    await run.coordinator.tick()
+    assert run.metrics()[0]["aggregation"]["clipped"] == 2
 
 
 async def test_a_submission_of_one_whose_turn_is_lost_does_not_end_its_agent(open_run: OpenRun) -> None:

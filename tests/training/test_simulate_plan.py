@@ -195,6 +195,24 @@ def test_a_client_whose_update_is_refused_is_where_it_would_be_without_its_round
     assert refused.losses["b"][2:] == not_asked.losses["b"]
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_turn_may_change_the_trunk_no_further_than_the_bound(run: Run, blocks: int) -> None:
+    def in_turns(**changes: Any) -> Simulation:
+        return run(parts=cut(blocks, blocks), federation=FederationSection(variant="sflv2"), **changes)
+
+    free = in_turns()
+    bounded = in_turns(aggregation=AggregationSection(norm_bound=1e-3))
+    start = in_turns(training=TRAINING.model_copy(update={"learning_rate": 1e-12}))
+
+    def moved(result: Simulation) -> float:
+        squares = [(result.adapter[key] - start.adapter[key]).square().sum() for key in start.adapter]
+        return float(sum(squares)) ** 0.5
+
+    turns = 2 * TRAINING.rounds
+    assert moved(free) > 2 * turns * 1e-3
+    assert 1e-3 < moved(bounded) <= turns * 1e-3 * (1 + 1e-4)
+
+
 def test_in_turns_the_next_one_goes_on_from_before_the_refused(run: Run) -> None:
     seed = next(seed for seed in range(100) if ranked("ab", seed=seed, round=1)[0] == "a")
     training = TRAINING.model_copy(update={"rounds": 1})

@@ -1,6 +1,6 @@
 """What becomes of a round's updates: one adapter, by the run's rule."""
 
-from splitfed.federation.aggregate.aggregator import Aggregate, Aggregator, Update
+from splitfed.federation.aggregate.aggregator import Aggregate, Aggregator, Turn, Update
 from splitfed.federation.aggregate.choose import make_aggregator
 from splitfed.federation.aggregate.fixed_point import MAX_MAGNITUDE, MAX_TOTAL_WEIGHT, FixedPointMean
 from splitfed.federation.aggregate.flora import merged
@@ -14,6 +14,7 @@ __all__ = [
     "Aggregate",
     "Aggregator",
     "FixedPointMean",
+    "Turn",
     "Update",
     "UpdateRefused",
     "at_rank",

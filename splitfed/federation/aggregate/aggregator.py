@@ -13,6 +13,19 @@ from splitfed.federation.aggregate.refusal import UpdateRefused
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One client's turn at an adapter that goes from client to client within a round, and of which no mean is taken.
+
+    Attributes:
+        before: What the turn began with, by whole-model key.
+        after: What it left, in the same shapes.
+    """
+
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Update:
     """What one client's round comes to.
 
@@ -22,11 +35,13 @@ class Update:
             products, A is [r, I] and B is [O, r] with any r up to the base's rank.
         weight: What the update counts for where the rule has weights: its number of examples, or a configured count.
         base: What it started from, in the same shapes, if that is not the round's base: the update is late.
+        turn: What else it changed: it is bounded with the rest, and averaged only where ``state`` holds it too.
     """
 
     state: Mapping[str, Tensor]
     weight: int
     base: Mapping[str, Tensor] | None = None
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +103,20 @@ class Aggregator(ABC):
         self._clients, self._clipped, self._aggregate = set(), 0, None
         self._open()
 
-    def add(self, client: str, update: Update) -> None:
+    @property
+    def clipped(self) -> int:
+        """Updates of this round that norm_bound shortened."""
+        return self._clipped
+
+    def add(self, client: str, update: Update) -> Update:
         """Take a client's update.
 
         Args:
             client: Whose it is.
             update: What it comes to; its tensors may be changed afterwards.
+
+        Returns:
+            The update with the change that it is counted with: scaled down, if it was longer than ``norm_bound``.
 
         Raises:
             UpdateRefused: If a value is NaN, infinite or out of the range of ``FixedPointMean``, or the change is
@@ -105,13 +128,15 @@ class Aggregator(ABC):
             raise ValueError(f"No round is open for the update of {client!r}; begin one first.")
         if client in self._clients:
             raise ValueError(f"The update of {client!r} is counted in round {self._round} already.")
-        check_update(update.state, update.weight)
+        check_update({**update.state, **(update.turn.after if update.turn else {})}, update.weight)
         self._check_shapes(update)
         given = replace(update, state=_float32(update.state), base=update.base and _float32(update.base))
         taken = self._bounded(given)
-        self._take(client, self._on_the_base(taken) if taken.base is not None else taken)
+        if taken.state:
+            self._take(client, self._on_the_base(taken) if taken.base is not None else taken)
         self._clients.add(client)
         self._clipped += taken is not given
+        return taken
 
     def result(self) -> Aggregate:
         """Close the round and give what it comes to; asked again, it gives the same.
@@ -191,16 +216,22 @@ class Aggregator(ABC):
         """Refuse a change that is too long, or shorten it; the update itself if there is nothing to do."""
         if self._norm_bound is None and self._refuse_norm is None:
             return update
-        start = update.base if update.base is not None else self._start(update.state)
-        changes = {key: update.state[key].double() - start[key].double() for key in sorted(update.state)}
+        start = {**(update.base if update.base is not None else self._start(update.state))}
+        ends = {**update.state}
+        if update.turn is not None:
+            start |= update.turn.before
+            ends |= update.turn.after
+        changes = {key: ends[key].double() - start[key].double() for key in sorted(ends)}
         norm = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
         if self._refuse_norm is not None and norm > self._refuse_norm:
             raise UpdateRefused(f"The change has an L2 norm of {norm:g}, above refuse_norm = {self._refuse_norm:g}.")
         if self._norm_bound is None or norm <= self._norm_bound:
             return update
         scale = self._norm_bound / norm
-        state = {key: (start[key].double() + scale * change).float() for key, change in changes.items()}
-        return replace(update, state=state)
+        bounded = {key: (start[key].double() + scale * change).float() for key, change in changes.items()}
+        state = {key: bounded[key] for key in update.state}
+        turn = update.turn and replace(update.turn, after={key: bounded[key] for key in update.turn.after})
+        return replace(update, state=state, turn=turn)
 
 
 def _float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

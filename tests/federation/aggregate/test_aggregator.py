@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from splitfed.federation import Update
+from splitfed.federation import Turn, Update, UpdateRefused
 from tests.federation.aggregate.adapters import aggregate, assert_same_bits, dense, initial, make, trained
 
 RULES = {
@@ -22,6 +22,7 @@ RULES = {
     "flexlora": {"lora": "flexlora"},
     "flora": {"lora": "flora", "flora_rank": 2},
 }
+NAN = float("nan")
 Q_A, Q_B = "blocks.0.q_proj.lora_A.weight", "blocks.0.q_proj.lora_B.weight"
 BASE = trained(initial(), 99)
 """Both factors of both layers are away from zero."""
@@ -246,6 +247,51 @@ def test_a_change_as_long_as_refuse_norm_is_taken_and_a_longer_one_is_not():
     with pytest.raises(ValueError, match=r"L2 norm of 3\.00001, above refuse_norm = 3"):
         aggregator.add("b", Update({"x": torch.tensor([3.00001])}, 1))
     assert aggregator.result().clients == ["a"]
+
+
+TURN = Turn({"trunk": torch.ones(2)}, {"trunk": torch.tensor([1.0, 5.0])})
+"""A turn that changes the trunk's adapter by a norm of 4."""
+
+
+def test_a_turn_counts_for_the_length_of_the_change():
+    aggregator = make(refuse_norm=4.9)
+    aggregator.begin({"x": torch.zeros(1)}, 1)
+    with pytest.raises(UpdateRefused, match=r"L2 norm of 5, above refuse_norm = 4\.9"):
+        aggregator.add("a", Update({"x": torch.tensor([3.0])}, 1, turn=TURN))
+    with pytest.raises(UpdateRefused, match=r"'trunk' has values from nan to nan"):
+        aggregator.add("a", Update({"x": torch.ones(1)}, 1, turn=Turn(TURN.before, {"trunk": torch.full((2,), NAN)})))
+    counted = aggregator.add("b", Update({"x": torch.ones(1)}, 1, turn=TURN))
+    assert counted.turn is TURN
+    assert torch.equal(aggregator.result().adapter["x"], torch.ones(1))
+
+
+def test_a_turn_is_cut_short_with_the_rest_of_a_long_change():
+    aggregator = make(norm_bound=2.5)
+    aggregator.begin({"x": torch.zeros(1)}, 1)
+    counted = aggregator.add("a", Update({"x": torch.tensor([3.0])}, 1, turn=TURN)).turn
+    assert counted is not None
+    assert torch.equal(counted.after["trunk"], torch.tensor([1.0, 3.0]))
+    result = aggregator.result()
+    assert torch.equal(result.adapter["x"], torch.tensor([1.5]))
+    assert result.notes["clipped"] == 1
+
+
+def test_a_turn_of_one_that_trains_nothing_else_is_bounded_too(rule):
+    aggregator = make(**rule, norm_bound=1.0)
+    aggregator.begin(BASE, 1)
+    counted = aggregator.add("a", Update({}, 1, turn=TURN)).turn
+    assert counted is not None
+    assert torch.equal(counted.after["trunk"], torch.tensor([1.0, 2.0]))
+    assert aggregator.clipped == 1
+
+
+def test_what_a_turn_and_the_mean_share_is_one_change():
+    """A block that one agent trains itself, and the trunk for another: its change is that of the turn alone."""
+    aggregator = make(norm_bound=2.0)
+    aggregator.begin({"trunk": torch.zeros(2)}, 1)
+    counted = aggregator.add("a", Update(TURN.after, 1, turn=TURN))
+    assert torch.equal(counted.state["trunk"], torch.tensor([1.0, 3.0]))
+    assert torch.equal(aggregator.result().adapter["trunk"], torch.tensor([1.0, 3.0]))
 
 
 def test_a_late_update_puts_its_own_change_on_the_rounds_base():
