@@ -72,7 +72,7 @@ def load(tmp_path: Path) -> Callable[[str], ServerConfig]:
         ),
         (
             f'{LATE}[aggregation]\nlora = "flora"',
-            'federation.late_updates = "merge" does not go with aggregation.lora = "flora": the next round puts another ',
+            'federation.late_updates = "merge" does not go with aggregation.lora = "flora": the next round puts ',
         ),
         (f"[lora]\nleast_rank = 2\n[federation]\n{STEP}", 'federation.merge_ends = "step" needs agents that hold the '),
         (
