@@ -57,11 +57,6 @@ def refuse_contradictions(
                 'federation.late_updates = "merge" does not go with aggregation.lora = "alternating": the next round '
                 'trains the other factor; set "drop"'
             )
-        if rule.lora == "flora":
-            raise ValueError(
-                'federation.late_updates = "merge" does not go with aggregation.lora = "flora": the next round puts '
-                'another frozen adapter under what a late agent still trains; set "drop"'
-            )
     if federation.merge_ends == "step" and privacy.is_on and privacy.adapter == "update":
         raise ValueError(
             'federation.merge_ends = "step" sends a gradient at every step, which privacy.adapter = "update" does not '

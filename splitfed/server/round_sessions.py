@@ -219,7 +219,7 @@ class RoundSessions:
             slot=slot,
             token=token,
         )
-        session.why_over = lambda: None if self._goes_on(session) else self.over(client, round)
+        session.why_over = lambda: None if self.is_current(session) else self.over(client, round)
         session.on_steps = lambda steps: self._rounds.progress(client, self._clock(), steps=steps)
         session.on_refused = lambda: self._refused(session)
         if not self._rounds.may_start(client):  # it left meanwhile
@@ -228,15 +228,6 @@ class RoundSessions:
         self._sessions[client] = session
         self._rounds.progress(client, self._clock())
         return session
-
-    def _goes_on(self, session: MemberSession) -> bool:
-        """Say whether what a session asks is still of use: not from the close of its round on, if that was without it.
-
-        While a round is written, what the next one starts from is put under the trunk's adapters.
-        """
-        client, rounds = session.client, self._rounds
-        is_too_late = rounds.has_missed(client, session.round) and rounds.lateness(client) is None
-        return self.is_current(session) and not is_too_late
 
     async def _end(self, session: MemberSession) -> None:
         """Forget a session, and what the trunk has of it."""

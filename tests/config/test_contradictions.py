@@ -70,10 +70,6 @@ def load(tmp_path: Path) -> Callable[[str], ServerConfig]:
             f'{LATE}[aggregation]\nlora = "alternating"',
             'federation.late_updates = "merge" does not go with aggregation.lo',
         ),
-        (
-            f'{LATE}[aggregation]\nlora = "flora"',
-            'federation.late_updates = "merge" does not go with aggregation.lora = "flora": the next round puts ',
-        ),
         (f"[lora]\nleast_rank = 2\n[federation]\n{STEP}", 'federation.merge_ends = "step" needs agents that hold the '),
         (
             f'[federation]\n{STEP}[privacy]\nadapter = "update"',

@@ -189,20 +189,6 @@ async def test_a_dropped_straggler_hears_why_and_takes_part_in_the_next_round(op
     assert run.coordinator.last_counted("d") == 2
 
 
-async def test_a_dropped_straggler_asks_nothing_more_of_the_trunk_while_its_round_is_written(open_run: OpenRun) -> None:
-    """What lies under the trunk's adapters changes then, amid whatever pass is open."""
-    run = open_run(agents=4, straggler_margin=3)
-    run.may_write.clear()
-    closing = asyncio.create_task(leave_d_behind(run))
-    await asyncio.to_thread(run.is_writing.wait, 20)
-    slow, asked = run.coordinator._sessions.of("d", 1), len(run.engine.calls)
-    with pytest.raises(RoundLost, match="Round 1 was closed without 'd'"):
-        await step(slow, 1)
-    assert len(run.engine.calls) == asked
-    run.may_write.set()
-    assert await closing is slow
-
-
 async def test_an_operation_whose_slot_is_emptied_meanwhile_ends_with_the_round_and_not_with_the_agent(
     open_run: OpenRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
