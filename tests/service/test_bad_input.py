@@ -3,15 +3,19 @@
 import json
 import shutil
 import socket
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import splitfed
+from splitfed.agent.server_calls import ServerCalls
 from splitfed.cli import main
 from splitfed.config import AgentPrivacySection
 from splitfed.errors import FingerprintMismatch, JoinRefused, NonFiniteLoss
+from splitfed.federation.aggregate import MAX_TOTAL_WEIGHT
+from splitfed.models import canonical_config, resolve_base
 from tests.service.conftest import server_config, write_texts
 from tests.service.daemons import toml
 from tests.service.local import agent_config, run_agent_here, serving, start_agent, wait_until
@@ -204,6 +208,20 @@ def test_a_second_agent_of_the_same_name_is_refused(tmp_path: Path) -> None:
             run_agent_here(agent_config(tmp_path / "second", "a", server.address, data))
         run_agent_here(agent_config(tmp_path, "b", server.address, data))
         first.result(60)
+
+
+def test_a_weight_of_which_a_round_could_not_hold_as_many_as_there_are_agents_is_refused(tmp_path: Path) -> None:
+    """Otherwise one agent's weight would leave others no room in the sum, whoever comes last."""
+    most = MAX_TOTAL_WEIGHT // 3
+    config = server_config(tmp_path, federation={"agents": 2, "population": 3})
+    with (
+        serving(config) as server,
+        closing(ServerCalls(server.address, None, None, client="a", agent_id=bytes(16))) as calls,
+    ):
+        for weight in (0, most + 1):
+            with pytest.raises(JoinRefused, match=rf"weight is {weight}, and in this run it lies between 1 and {most}"):
+                calls.join("small", canonical_config(resolve_base("demo")), {}, weight=weight)
+        calls.join("small", canonical_config(resolve_base("demo")), {}, weight=most)
 
 
 def test_a_loss_that_is_not_finite_stops_the_agent_before_the_gradient_leaves(

@@ -8,6 +8,7 @@ from typing import Any
 
 from splitfed.compress import get_codec
 from splitfed.errors import JoinRefused, ProtocolError
+from splitfed.federation.aggregate import MAX_TOTAL_WEIGHT
 from splitfed.models import TensorIdentity
 from splitfed.proto.v1 import joining_pb2, joining_pb2_grpc
 from splitfed.server.base import BaseFolder
@@ -79,8 +80,12 @@ class JoiningService(joining_pb2_grpc.JoiningServicer):
         for direction, name in config.codecs.model_dump().items():
             if codec_on_wire(get_codec(name)) not in request.codecs:
                 raise JoinRefused(f"The run sends {direction} as {name!r}, which the agent does not speak; upgrade it.")
-        if not 1 <= request.weight < 2**31:
-            raise JoinRefused(f"An agent's weight is {request.weight}; it lies between 1 and {2**31 - 1}.")
+        most = MAX_TOTAL_WEIGHT // (config.federation.population or config.federation.agents)
+        if not 1 <= request.weight <= most:  # a round has room for the weights of all agents together
+            raise JoinRefused(
+                f"The agent's weight is {request.weight}, and in this run it lies between 1 and {most}; set [privacy] "
+                "aggregation_weight."
+            )
         if len(request.agent_id) != 16 or len(request.tensors) > _MOST_TENSORS:
             raise ProtocolError("The agent's id has 16 bytes.")
         tensors = {
