@@ -40,6 +40,7 @@ def test_the_order_of_updates_does_not_change_a_bit(updates, data):
 @example(updates=[(np.full(5, BELOW_2048, "float32"), 2**30), (np.full(5, -BELOW_2048, "float32"), 2**30 - 1)])
 @example(updates=[(np.full(5, BELOW_2048, "float32"), MAX_TOTAL_WEIGHT)])
 @example(updates=[(np.full(5, 1e-13, "float32"), 3), (np.full(5, 1e-45, "float32"), 1)])
+@example(updates=[(np.full(5, 2.0**-44, "float32"), 3), (np.zeros(5, "float32"), 1)])
 def test_the_mean_is_within_the_resolution_and_one_rounding_of_the_exact_one(updates):
     result = mean_of(updates)
     total = sum(weight for _, weight in updates)
