@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from splitfed.federation import Turn, Update, UpdateRefused
-from tests.federation.aggregate.adapters import aggregate, assert_same_bits, dense, initial, make, trained
+from tests.federation.aggregate.adapters import (
+    aggregate,
+    assert_close,
+    assert_same_bits,
+    dense,
+    initial,
+    make,
+    trained,
+)
 
 RULES = {
     "mean": {},
@@ -231,6 +239,19 @@ def test_a_change_longer_than_the_bound_is_scaled_down_to_it():
         torch.testing.assert_close(tensor, BASE[key] + 0.25 * 0.5 / norm, rtol=0, atol=1e-7)
     assert result.notes["clipped"] == 1
     assert result.notes["step_norm"] == pytest.approx(0.5, rel=1e-5)
+
+
+def test_every_rule_takes_long_changes_scaled_down_to_the_bound(rule):
+    updates, scaled = updates_for(rule, BASE), []
+    for client, update in updates:
+        norm = sum(float((tensor - BASE[key]).square().sum()) for key, tensor in update.state.items()) ** 0.5
+        state = {key: BASE[key] + (tensor - BASE[key]) * (0.2 / norm) for key, tensor in update.state.items()}
+        scaled.append((client, Update(state, update.weight)))
+    bounded, plain = make(**rule, norm_bound=0.2), make(**rule)
+    result = aggregate(bounded, BASE, updates)
+    assert result.notes["clipped"] == len(updates)
+    assert_close(dense(result.adapter), dense(aggregate(plain, BASE, scaled).adapter), atol=1e-5)
+    assert_close(dense(bounded.residual()), dense(plain.residual()), atol=1e-5)
 
 
 def test_a_change_within_the_bound_is_left_to_the_bit(rule):
