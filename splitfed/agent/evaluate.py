@@ -2,9 +2,11 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
+
+from torch import Tensor
 
 from splitfed.agent.generate import texts_after
 from splitfed.agent.generate_session import Release, Session, as_a_command, open_session
@@ -12,6 +14,7 @@ from splitfed.config import AgentConfig, DataSection
 from splitfed.errors import ConfigError
 from splitfed.training.data import Example, ExampleSet, load_examples
 from splitfed.training.decoding import Decoding
+from splitfed.training.evaluation import HeldOutLoss
 from splitfed.training.generated_releases import GeneratedReleases
 from splitfed.training.generation import GenerationLink
 from splitfed.training.generation_loss import sequence_loss
@@ -32,7 +35,8 @@ class ServedEvaluation:
         run: The run.
         round: The round whose adapters took part.
         ground: What was measured on.
-        figures: The split model's.
+        figures: The split model's; with what this agent keeps to itself, if it does.
+        merged: The same with the run's adapter in the top, where the agent has its own.
         charges: What was charged, by what it was for: sequences, their length, and the noise multiplier.
         costs: The same in words, and what is guaranteed after it.
         texts: Texts that it has written.
@@ -45,6 +49,7 @@ class ServedEvaluation:
     charges: dict[str, dict[str, float]]
     costs: list[str]
     texts: int = 0
+    merged: Measured | None = None
 
     @property
     def signature(self) -> str:
@@ -58,6 +63,7 @@ class ServedEvaluation:
             "round": self.round,
             **asdict(self.ground),
             "adapted": self.figures.as_row(),
+            "adapted_merged": None if self.merged is None else self.merged.as_row(),
             "texts": self.texts,
             "signature": self.signature,
             "charged": self.charges,
@@ -68,7 +74,13 @@ class ServedEvaluation:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Give headings and rows for a terminal."""
         name = f"split model after round {self.round}"
-        return headings(has_texts=bool(self.texts)), [[name, *self.figures.cells()]]
+        if self.merged is None:
+            return headings(has_texts=bool(self.texts)), [[name, *self.figures.cells()]]
+        no_texts = ["", ""] if self.texts else []
+        return headings(has_texts=bool(self.texts)), [
+            [f"{name}, own top", *self.figures.cells()],
+            [f"{name}, the run's top", *self.merged.cells(), *no_texts],
+        ]
 
     def summary(self) -> list[str]:
         """Give the sentences below the table."""
@@ -128,21 +140,25 @@ def evaluate_here(
         examples, _ = load_examples(data, generator.tokenizer, max_tokens=length, record_hash=hash_of)
         asked = read_asked(data, generator.tokenizer, hash_of) if writes_texts else []
         most = declared_length(asked, max_tokens or length, positions=generator.positions) if asked else length
-        round = session.take_last_round()
+        taken = session.take_last_round()
+        round = taken.number
         declared = length if generator.privacy.is_on else max(len(example.input_ids) for example in examples)
         measured, written = session.releases("evaluate", round, declared), session.releases("generate", round, most)
         planned = measured.planned(examples.sequence_records) + written.planned([one.record for one in asked])
         session.ledger.check_budget(planned, "What is to be measured")
         _log.info("measuring round %d of the run %s", round, generator.run_id)
         ground = Ground.of(data.path, examples, length)
-        loss = _loss(session, measured, examples, on_stage) / ground.tokens
+        losses = _losses(session, measured, examples, taken.replaced_top, on_stage)
         texts = _likeness(session, written, asked, on_stage) if asked else None
         used = [measured, *([written] if asked else [])]
         return ServedEvaluation(
             run=generator.run_id,
             round=round,
             ground=ground,
-            figures=Measured(loss, texts),
+            figures=Measured(sum(each.own for each in losses) / ground.tokens, texts),
+            merged=None
+            if taken.replaced_top is None
+            else Measured(sum(each.merged or 0.0 for each in losses) / ground.tokens),
             charges={each.kind: each.charged() for each in used},
             costs=list(dict.fromkeys(sentence for each in used for sentence in each.summary())),
             texts=len(asked),
@@ -166,11 +182,17 @@ def on_file(config: AgentConfig, file: str) -> DataSection:
     return config.data.model_copy(update=own)
 
 
-def _loss(session: Session, releases: GeneratedReleases, examples: ExampleSet, on_stage: OnStage) -> float:
-    """Give the sum of the tokens' losses."""
+def _losses(
+    session: Session,
+    releases: GeneratedReleases,
+    examples: ExampleSet,
+    other_top: Mapping[str, Tensor] | None,
+    on_stage: OnStage,
+) -> list[HeldOutLoss]:
+    """Give the sums of the tokens' losses, sequence by sequence."""
     generator, done = session.generator, count(1)
 
-    def loss_of(link: GenerationLink, example: Example, release: Release | None) -> float:
+    def loss_of(link: GenerationLink, example: Example, release: Release | None) -> HeldOutLoss:
         loss = sequence_loss(
             link,
             generator.bottom,
@@ -179,11 +201,12 @@ def _loss(session: Session, releases: GeneratedReleases, examples: ExampleSet, o
             max_tokens=releases.max_tokens,
             release=release,
             filler=generator.filler,
+            other_top=other_top,
         )
         on_stage("loss", next(done) / len(examples))
         return loss
 
-    return sum(session.one_by_one(releases, examples, loss_of))
+    return session.one_by_one(releases, examples, loss_of)
 
 
 def _likeness(session: Session, releases: GeneratedReleases, asked: Sequence[Asked], on_stage: OnStage) -> Likeness:

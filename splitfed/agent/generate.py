@@ -46,7 +46,7 @@ def generate_here(config: AgentConfig, wanted: Wanted, *, write: Callable[[str],
         max_tokens = declared_length(
             prompts, wanted.max_tokens or generator.run.training.max_tokens, positions=generator.positions
         )
-        releases = session.releases("generate", session.take_last_round(), max_tokens)
+        releases = session.releases("generate", session.take_last_round().number, max_tokens)
         releases.check_budget([prompt.record for prompt in prompts])
         _log.info("generating with round %d of the run %s", releases.round, generator.run_id)
         decoding = Decoding(temperature=wanted.temperature, top_p=wanted.top_p, seed=wanted.seed)

@@ -16,6 +16,7 @@ from splitfed.agent.own_run import own_run
 from splitfed.agent.state import PERSONAL, AgentState
 from splitfed.config import AgentConfig, refuse_plain_text
 from splitfed.errors import LinkError, NonFiniteLoss, PrivacyError, SplitFedError
+from splitfed.models import adapter_parameters
 from splitfed.privacy import Ledger, witness_folder
 from splitfed.training.generated_releases import GeneratedReleases
 from splitfed.training.generation import GenerationLink
@@ -44,6 +45,19 @@ class _Stopped(BaseException):
 
 
 @dataclass(frozen=True)
+class TakenRound:
+    """The round that bottom and top are at the end of.
+
+    Attributes:
+        number: The round.
+        replaced_top: The run's adapter of the top, where this agent has its own in its place; None: nowhere.
+    """
+
+    number: int
+    replaced_top: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
 class Session:
     """An agent that has the server's run and its own side of the base model.
 
@@ -59,11 +73,13 @@ class Session:
     calls: GenerateCalls
     generator: Generator
 
-    def take_last_round(self) -> int:
-        """Put bottom and top at the end of the run's last whole round; gives its number."""
+    def take_last_round(self) -> TakenRound:
+        """Put bottom and top at the end of the run's last whole round."""
         last = self.calls.last_round(self.generator)
-        self.generator.begin(last.state, self._kept(last.number))
-        return last.number
+        kept = self._kept(last.number)
+        self.generator.begin(last.state, kept)
+        of_top = adapter_parameters(self.generator.top).keys() & kept.keys()
+        return TakenRound(last.number, {name: last.state[name] for name in of_top} or None)
 
     def releases(self, kind: Literal["generate", "evaluate"], round: int, max_tokens: int) -> GeneratedReleases:
         """Build the gate of some sequences.

@@ -21,7 +21,7 @@ from splitfed.training.releases import Releases
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Mean loss per token on held-out examples, in nats.
+    """Loss on held-out examples, in nats: the mean per token, or a sum over tokens where that is said.
 
     Attributes:
         own: With the adapters that the client has.
@@ -74,7 +74,7 @@ def evaluate(
     bottom.eval()
     top.eval()
     length = max_tokens if releases.is_noisy else None
-    own_top, total, other_total, tokens = adapter_state(top), 0.0, 0.0, 0
+    total, other_total, tokens = 0.0, 0.0, 0
     for index, start in enumerate(range(0, len(examples), batch_size)):
         batch = collate(examples[start : start + batch_size], pad_token_id=pad_token_id, length=length)
         place = Place(0, index, Kind.EVALUATE)
@@ -83,12 +83,35 @@ def evaluate(
             output = link.forward(place, smashed_BTD)
         with link.traffic.waiting():
             answer_BTD = output.result()
-        output_BTD = bounded_reply(answer_BTD)
-        total += loss(top(output_BTD).logits, batch.labels_BT, 1.0).item()
+        found = under_both(top, other_top, bounded_reply(answer_BTD), batch.labels_BT, loss)
+        total += found.own
+        other_total += found.merged or 0.0
         tokens += count_label_tokens(batch.labels_BT)
-        if other_top is not None:
-            load_adapter_state(top, other_top)
-            other_total += loss(top(output_BTD).logits, batch.labels_BT, 1.0).item()
-            load_adapter_state(top, own_top)
     counted = max(tokens, 1)
     return HeldOutLoss(total / counted, None if other_top is None else other_total / counted)
+
+
+def under_both(
+    top: Segment, other_top: Mapping[str, Tensor] | None, output_BTD: Tensor, labels_BT: Tensor, loss: Loss
+) -> HeldOutLoss:
+    """Measure trunk outputs under a top with its own adapter, and with another one if there is one.
+
+    Args:
+        top: The top; it ends with its own adapter.
+        other_top: Another adapter for it, by whole-model name.
+        output_BTD: Trunk outputs.
+        labels_BT: What is to be predicted.
+        loss: The loss of logits and labels.
+
+    Returns:
+        Sums over tokens.
+    """
+    own = loss(top(output_BTD).logits, labels_BT, 1.0).item()
+    if other_top is None:
+        return HeldOutLoss(own)
+    own_top = adapter_state(top)
+    load_adapter_state(top, other_top)
+    try:
+        return HeldOutLoss(own, loss(top(output_BTD).logits, labels_BT, 1.0).item())
+    finally:
+        load_adapter_state(top, own_top)

@@ -4,7 +4,7 @@ Shapes: T tokens, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from splitfed.models import Bottom, Top
 from splitfed.privacy import bounded_reply
 from splitfed.training.client_step import causal_lm_loss
 from splitfed.training.data import Example, collate
+from splitfed.training.evaluation import HeldOutLoss, under_both
 from splitfed.training.generation import GenerationLink
 
 
@@ -28,7 +29,8 @@ def sequence_loss(
     max_tokens: int,
     release: Callable[[Tensor], Tensor] | None = None,
     filler: int = 0,
-) -> float:
+    other_top: Mapping[str, Tensor] | None = None,
+) -> HeldOutLoss:
     """Measure the loss of one sequence over a link.
 
     Args:
@@ -39,9 +41,11 @@ def sequence_loss(
         max_tokens: The length that was declared, T.
         release: Gives the form in which rows leave, noise and all; None = they leave as they are.
         filler: Token id that stands after the sequence's end where rows still leave.
+        other_top: Another adapter for the top, by whole-model name, which is tried on the same trunk output; the top
+            ends with its own.
 
     Returns:
-        The sum over tokens, in nats.
+        Sums over tokens, in nats.
 
     Raises:
         NonFiniteLoss: If the model's numbers are not finite.
@@ -59,8 +63,12 @@ def sequence_loss(
     if release is None and not torch.isfinite(smashed_1TD).all():
         raise NonFiniteLoss("The bottom's output is not finite, so it was not sent; train the adapter again.")
     answer = link.forward(smashed_1TD if release is None else release(smashed_1TD))
-    logits_1TV = top(bounded_reply(answer.result())).logits.float()
-    loss = causal_lm_loss(pad(logits_1TV, (0, 0, 0, 1)), batch.labels_BT, 1.0).item()
-    if not math.isfinite(loss):
+    found = under_both(top, other_top, bounded_reply(answer.result()), batch.labels_BT, _loss_of_all_but_the_last)
+    if not all(math.isfinite(loss) for loss in (found.own, found.merged or 0.0)):
         raise NonFiniteLoss("The model's loss is not finite, so it says nothing; train the adapter again.")
-    return loss
+    return found
+
+
+def _loss_of_all_but_the_last(logits_BSV: Tensor, labels_BT: Tensor, normaliser: float) -> Tensor:
+    """Give the loss where the last token of T has no logits: S = T - 1."""
+    return causal_lm_loss(pad(logits_BSV.float(), (0, 0, 0, 1)), labels_BT, normaliser)

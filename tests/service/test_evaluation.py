@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from splitfed import cli
 from splitfed.agent.evaluate import ServedEvaluation, evaluate_here, on_file
+from splitfed.agent.state import PERSONAL
 from splitfed.config import AgentConfig, AgentPrivacySection, DataSection, to_toml
 from splitfed.errors import BudgetExhausted, ConfigError, NonFiniteLoss
 from splitfed.privacy import gaussian_epsilon
@@ -166,6 +168,26 @@ def test_with_noise_off_what_is_not_finite_does_not_leave(
 def test_a_prompt_that_leaves_no_room_is_named_before_anything_leaves(served: Served, rows: Path) -> None:
     with pytest.raises(ConfigError, match="leaves no room for text in 3"):
         evaluated(served.agent(), rows, writes_texts=True, max_tokens=3)
+
+
+def test_with_a_personal_top_the_loss_is_told_with_the_runs_top_too(served: Served, rows: Path) -> None:
+    """Its own top is given to it here: the adapter of the first round, which differs from the last one's."""
+    (last,) = (served.folder / "a" / "state").glob("*/after-round-0002.safetensors")
+    first = load_file(served.config.run.directory / "adapters" / "round-0001" / "adapter_model.safetensors")
+    own = {f"{PERSONAL}{name.removeprefix('base_model.model.')}": tensor for name, tensor in first.items()}
+    save_file({**load_file(last), **own}, last)
+    proxy = CuttingProxy(served.server.address)
+    found = evaluated(served.agent(address=proxy.address, personal=["top"]), rows)
+    proxy.close()
+    assert len(sent_rows(proxy)) == found.ground.sequences
+    stock = evaluate_run(open_run(served.config.run.directory), DataSection(path=str(rows)))
+    assert found.merged is not None
+    assert found.merged.loss == pytest.approx(stock.adapted.loss, abs=1e-5)
+    assert abs(found.figures.loss - found.merged.loss) > 0.01
+    _, (with_own, with_runs) = found.table()
+    assert with_own[0].endswith("own top")
+    assert with_runs[0].endswith("the run's top")
+    assert json.loads(found.as_json())["adapted_merged"]["loss"] == found.merged.loss
 
 
 def test_the_command_prints_what_was_found_and_what_was_charged(

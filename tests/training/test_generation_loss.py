@@ -16,7 +16,7 @@ EXAMPLE = Example(IDS, [-100, -100, *IDS[2:]], "a record")
 
 
 def loss_of(parts: Split, link: Heard, example: Example = EXAMPLE, **options: Any) -> float:
-    return sequence_loss(link, parts.parts.bottom, parts.parts.top, example, max_tokens=T, **options)
+    return sequence_loss(link, parts.parts.bottom, parts.parts.top, example, max_tokens=T, **options).own
 
 
 def of_the_whole(parts: Split, example: Example = EXAMPLE) -> float:
