@@ -27,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -311,14 +311,17 @@ def print_main(file: Path) -> None:
             for seed, each in by_seed.items()
             if seed in central
         ]
-        one = next(iter(by_seed.values()))
-        up_kb, down_kb = (int(one[f"activation_{way}_bytes"]) / 1e3 for way in ("up", "down"))
-        adapter_kb = (int(one["adapter_up_bytes"]) + int(one["adapter_down_bytes"])) / 1e3
-        loss = statistics.mean(float(each["held_out_loss"]) for each in by_seed.values())
+
+        def mean_of(column: str, rows: Collection[dict[str, str]] = by_seed.values()) -> float:
+            return statistics.mean(float(each[column]) for each in rows)
+
+        up_kb, down_kb = (mean_of(f"activation_{way}_bytes") / 1e3 for way in ("up", "down"))
+        adapter_kb = (mean_of("adapter_up_bytes") + mean_of("adapter_down_bytes")) / 1e3
+        loss = mean_of("held_out_loss")
         perplexity = _spread([float(each["perplexity"]) for each in by_seed.values()])
         print(
             f"{cell[0]:<20}{cell[1]:<7}{cell[2]:>6} {cell[3]:<14}{len(by_seed):>2}{loss:>8.4f}{perplexity:>18}"
-            f"{_spread(apart):>18}{up_kb:>7.0f}{down_kb:>7.0f}{adapter_kb:>11.0f}{one['trainable_parameters']:>9}"
+            f"{_spread(apart):>18}{up_kb:>7.0f}{down_kb:>7.0f}{adapter_kb:>11.0f}{mean_of('trainable_parameters'):>9.0f}"
         )
 
 
