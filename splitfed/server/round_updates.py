@@ -165,14 +165,18 @@ class RoundUpdates:
             try:
                 self._add(client, {**of_trunk, **ends})
             except ValueError as error:
-                _log.warning("the round is without the update of %s: %s", client, error)
-                self.refused[client] = str(error)
-                self._uncount(client)
+                self._leave_out(client, str(error))
         kept = {name: tensor for name, tensor in shared.items() if name not in contested}
         if not contested and not self._variant.averages_trunk:
             return {**self._ends, **kept}, _told({"clipped": self._aggregator.clipped})
-        if self.refused and not self._added:
-            return {**self._base, **kept}, {}
+        if len(self._added) < self._rule.least_updates:  # others were refused, or keep all that they train
+            for client in sorted(self._added - self.refused.keys()):
+                self._leave_out(
+                    client,
+                    f"Only {len(self._added)} updates can be merged, and {self._rule.needs} needs "
+                    f"{self._rule.least_updates}.",
+                )
+            return {**self._base, **kept}, _told({"clipped": self._aggregator.clipped})
         aggregate = self._aggregator.result()
         self.left_out = sorted(self._added - set(aggregate.clients))
         return {**aggregate.adapter, **kept}, _told(aggregate.notes)
@@ -192,8 +196,10 @@ class RoundUpdates:
             self._added.add(client)
         return counted.turn
 
-    def _uncount(self, client: str) -> None:
-        """Let a client's optimiser go on from the round that it would go on from without this one."""
+    def _leave_out(self, client: str, why: str) -> None:
+        """Go on without an update: its client's optimiser goes on from where it would without this round."""
+        _log.warning("the round is without the update of %s: %s", client, why)
+        self.refused[client] = why
         before = self._counted_before.get(client)
         if before is None:
             del self._counted[client]

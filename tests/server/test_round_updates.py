@@ -247,6 +247,38 @@ def test_a_round_whose_held_updates_are_all_refused_leaves_what_it_started_from(
     assert updates.refused.keys() == {"c"}
 
 
+def test_a_rule_for_which_too_few_updates_are_left_at_the_end_leaves_what_the_round_started_from(
+    begun: MakeUpdates, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each client's own change is short; what the trunk trained on the behalf of e makes that of e too long."""
+    rule = {"rule": "multi-krum", "byzantine": 1, "refuse_norm": 8.0}
+    updates = begun(
+        "parallel", own={client: {"bottom_blocks": 2 if client == "a" else 1} for client in "abcde"}, aggregation=rule
+    )
+    updates.take("a", 1, {}, {**factors(1.0, 1.0, trunk=True), **factors(1.0, 1.0)})
+    for client in "bcde":
+        updates.take(client, 1, {}, factors(1.0, 3.0 if client == "e" else 1.0))
+    shared = factors(1.0, 3.0, trunk=True)
+    for _ in range(2):  # asked again where a round could not be written
+        assert updates.result(shared) == ({**START.trunk, **START.ends}, {})
+        assert updates.counted == {}
+    assert updates.refused.pop("e").endswith("above refuse_norm = 8.")
+    assert set(updates.refused.values()) == {"Only 4 updates can be merged, and byzantine = 1 needs 5."}
+    assert updates.refused.keys() == set("abcd")
+    assert "Only 4 updates can be merged" in caplog.text
+
+
+@pytest.mark.parametrize("variant", ["sflv2", "parallel", "async"])
+def test_a_round_of_clients_that_keep_all_of_their_own_leaves_the_ends_as_they_were(
+    begun: MakeUpdates, variant: str
+) -> None:
+    """A client that shares its bottom has joined, and has no part in this round."""
+    updates, left = begun(variant, own={"a": {}, "b": {"personal": [A, B]}}), factors(1.0, 9.0, trunk=True)
+    updates.take("b", 1, of_trunk(variant, 9.0), {})
+    assert updates.result(left) == ({**left, **START.ends}, {})
+    assert (updates.refused, updates.counted) == ({}, {"b": 1})
+
+
 def test_who_is_left_out_by_the_rule_is_named(begun: MakeUpdates) -> None:
     updates = begun(aggregation={"rule": "multi-krum", "byzantine": 1})
     for client, value in zip("abcde", (1.0, 1.0, 9.0, 1.0, 1.0), strict=True):
