@@ -92,10 +92,13 @@ def central_steps(
     )
     peft_model.train()
     losses = []
-    for examples in batches:
+    for index, examples in enumerate(batches):
+        if index % training.local_steps == 0:
+            held_to = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         batch = collate(examples, pad_token_id=pad_token_id)
         loss = peft_model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss
-        loss.backward()
+        pulled = sum((parameter - held_to[name]).square().sum() for name, parameter in parameters.items())
+        (loss + training.proximal / 2 * pulled).backward()
         if training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)
         optimiser.step()

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import splitfed
 from splitfed.config import CodecSection, FederationSection, LoraSection, TrainingSection
+from splitfed.federation.cohort import ranked
 from splitfed.training.data import Example
 from splitfed.training.simulate import Simulation, examples_of, simulate
 from tests.equivalence.central import batches_of, central_run, central_steps
@@ -70,12 +71,22 @@ def assert_same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.3])
-@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"micro_batch_size": 2},
+        {"max_grad_norm": 0.3},
+        {"micro_batch_size": 2, "max_grad_norm": 0.3},
+        {"proximal": 30.0},
+        {"proximal": 30.0, "max_grad_norm": 0.3},
+    ],
+    ids=str,
+)
 def test_with_one_client_every_variant_is_central_lora(
-    base: Path, shards: Mapping[str, list[Example]], micro_batch_size: int | None, max_grad_norm: float | None
+    base: Path, shards: Mapping[str, list[Example]], settings: dict[str, object]
 ) -> None:
-    training = TRAINING.model_copy(update={"micro_batch_size": micro_batch_size, "max_grad_norm": max_grad_norm})
+    training = TRAINING.model_copy(update=settings)
     losses, _ = central_run(base, shards["a"], training, LORA, client="a", seed=5)
     runs = {variant: split_run(base, {"a": shards["a"]}, training=training, variant=variant) for variant in VARIANTS}
     runs["parallel, merged at every step"] = split_run(
@@ -88,9 +99,12 @@ def test_with_one_client_every_variant_is_central_lora(
             torch.testing.assert_close(tensor, runs["sflv1"].adapter[name], rtol=0, atol=2**-43)
 
 
-def test_one_norm_really_clips(base: Path, shards: Mapping[str, list[Example]]) -> None:
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 1e-4}, {"proximal": 30.0}], ids=str)
+def test_one_norm_really_clips_and_the_proximal_term_really_pulls(
+    base: Path, shards: Mapping[str, list[Example]], settings: dict[str, object]
+) -> None:
     free = split_run(base, {"a": shards["a"]})
-    held = split_run(base, {"a": shards["a"]}, training=TRAINING.model_copy(update={"max_grad_norm": 1e-4}))
+    held = split_run(base, {"a": shards["a"]}, training=TRAINING.model_copy(update=settings))
     assert held.losses["a"] != pytest.approx(free.losses["a"], abs=10 * TOLERANCE)
 
 
@@ -149,23 +163,24 @@ def test_joint_steps_with_ends_merged_once_a_round_are_something_else(
     assert losses[0] != pytest.approx(losses[1], abs=TOLERANCE)
 
 
-def test_the_sequential_variant_hands_one_adapter_from_client_to_client(
+def test_the_sequential_variant_hands_one_adapter_from_client_to_client_in_each_rounds_order(
     base: Path, shards: Mapping[str, list[Example]]
 ) -> None:
-    """With nothing on the clients, two clients in turn are central LoRA on the batches of one after the other's."""
-    training = TRAINING.model_copy(update={"rounds": 1, "schedule": "constant", "warmup_steps": 0})
-    pair = {client: shards[client] for client in ("a", "c")}
+    """With nothing on the clients, they are central LoRA on the batches of one turn after the other."""
+    training = TRAINING.model_copy(update={"rounds": 2, "schedule": "constant", "warmup_steps": 0})
+    pair = {client: shards[client] for client in ("b", "c")}
     run = split_run(base, pair, bottom_blocks=0, top_blocks=0, training=training, variant="sflv2")
-    curves = {}
-    for order in ("ac", "ca"):
-        batches = [batch for client in order for batch in batches_of(pair[client], training, client=client, seed=5)]
-        losses, _ = central_steps(base, batches, training.model_copy(update={"rounds": 2}), LORA, seed=5)
-        curves[order] = losses
-    seen = {order: [loss for client in order for loss in run.losses[client]] for order in curves}
-    assert any(seen[order] == pytest.approx(curves[order], abs=TOLERANCE) for order in curves)
+    order = [(client, round) for round in (1, 2) for client in ranked(pair, seed=5, round=round)]
+    assert order == [("c", 1), ("b", 1), ("b", 2), ("c", 2)]  # neither that of names nor the same in both
+    steps = {(client, round): slice(2 * round - 2, 2 * round) for client, round in order}
+    drawn = {client: batches_of(shard, training, client=client, seed=5) for client, shard in pair.items()}
+    batches = [batch for client, round in order for batch in drawn[client][steps[client, round]]]
+    losses, _ = central_steps(base, batches, training, LORA, seed=5)
+    seen = [loss for client, round in order for loss in run.losses[client][steps[client, round]]]
+    assert seen == pytest.approx(losses, abs=TOLERANCE)
 
 
-# What arrives first
+# What comes first
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +204,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 
 @pytest.mark.parametrize("variant", ["sflv1", "sflv2", "parallel"])
-def test_the_order_of_arrival_changes_no_bit(wide: Path, shards: Mapping[str, list[Example]], variant: str) -> None:
+def test_the_order_in_which_clients_are_named_changes_no_bit(
+    wide: Path, shards: Mapping[str, list[Example]], variant: str
+) -> None:
     training = TRAINING.model_copy(update={"rounds": 1})
     runs = [
         split_run(wide, dict(sorted(shards.items(), reverse=reverse)), training=training, variant=variant)

@@ -201,3 +201,21 @@ def test_moments_of_some_parameters_can_be_left_out_and_the_others_go_on() -> No
     optimiser.step(1)
     state = optimiser.state()
     assert (state["a.lora_A.weight/step"], state["a.lora_B.weight/step"]) == (1, 2)
+
+
+def test_the_proximal_term_pulls_to_what_the_round_started_from_and_counts_for_the_norm() -> None:
+    named = parameters()
+    optimiser = StepOptimiser(named, settings(proximal=0.5))
+    optimiser.hold_to(values(named))
+    moved, still = named["a.lora_A.weight"], named["a.lora_B.weight"]
+    with torch.no_grad():
+        moved += 2.0
+        still += 4.0
+    moved.grad, still.requires_grad = torch.ones_like(moved), False
+    optimiser.pull_to_start()
+    torch.testing.assert_close(moved.grad, torch.full_like(moved, 1.0 + 0.5 * 2.0))
+    assert still.grad is None
+    assert optimiser.squared_norm() == pytest.approx(4.0 * moved.numel())
+    still.requires_grad = True
+    optimiser.pull_to_start()
+    torch.testing.assert_close(still.grad, torch.full_like(still, 0.5 * 4.0))

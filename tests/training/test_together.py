@@ -510,6 +510,25 @@ def test_a_step_with_two_others_in_between_moves_by_less(exponent: float, factor
     torch.testing.assert_close(moves[exponent], factor * moves[0.0], rtol=1e-3, atol=1e-6)
 
 
+def test_a_free_step_goes_by_its_clients_place_in_the_schedule_however_many_others_came_before() -> None:
+    """The first step of a warm-up has the rate 0, and so it has for one that makes it after two of another's."""
+    trunk = tiny_trunk()
+    trainer = TrunkTrainer(trunk, TRAINING.model_copy(update={"warmup_steps": 2}), seed=3)
+    trainer.open_shared("all", adapter_state(trunk), {})
+    calls = FreeCalls(at_once(trainer), Staleness(most=9, clients=2))
+    moves = []
+    for slot, step in (("b", 0), ("b", 1), ("a", 0), ("a", 1)):
+        if step == 0:
+            trainer.open_round(slot, 1, shared="all")
+        before, _ = trainer.shared_result("all")
+        calls.forward(TrunkForward(slot, step, 0, hidden(slot, step)))
+        calls.backward(TrunkBackward(slot, step, 0, hidden(slot, step, "gradient")))
+        calls.step(slot, step).result(0)
+        after, _ = trainer.shared_result("all")
+        moves.append(any(not torch.equal(after[name], before[name]) for name in after))
+    assert moves == [False, True, False, True]
+
+
 # Free steps: who waits
 
 
