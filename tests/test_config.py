@@ -121,6 +121,9 @@ def test_what_does_not_go_together_with_the_run_is_refused(
         ("[training]\nlearning_rate = nan", "training.learning_rate must be a finite number, but is the number nan"),
         ("[training]\nlearning_rate = 'fast'", "training.learning_rate must be a number, but is the string 'fast'"),
         ("[training]\nmax_in_flight = 65", "training.max_in_flight must be at most 64, but is the integer 65"),
+        ("[lora]\nrank = 0", "lora.rank must be at least 1, but is the integer 0"),
+        ("[lora]\nleast_rank = 0", "lora.least_rank must be at least 1, but is the integer 0"),
+        ("[lora]\nalpha = 0", "lora.alpha must be above 0.0, but is the integer 0"),
         ("[lora]\ndropout = 1", "lora.dropout must be below 1.0, but is the integer 1"),
         ("[lora]\ntargets = 'q_proj'", "lora.targets must be a list, but is the string 'q_proj'"),
         ("[lora]\ntargets = ['q_proj', 3]", "lora.targets[1] must be a string, but is the integer 3"),
@@ -229,6 +232,11 @@ def test_an_agent_cannot_choose_more_blocks_than_its_owner_allows(
         f"[privacy] most_{name} is 1, but agent.{name} = 2 asks for more; raise the one, or lower the other"
     )
     assert getattr(agent(f"{text}[privacy]\nmost_{name} = 2\n").privacy, f"most_{name}") == 2
+
+
+def test_an_agent_cannot_choose_a_rank_of_zero(agent: Callable[[str], AgentConfig]) -> None:
+    text = AGENT.replace("[data]", "rank = 0\n[data]")
+    assert sentence(agent, text).startswith("agent.rank must be at least 1, but is the integer 0")
 
 
 def test_an_agent_cannot_be_told_to_connect_to_port_0(agent: Callable[[str], AgentConfig]) -> None:
