@@ -182,7 +182,7 @@ class JointCalls:
         self, slot: str, step: int, gradients: Mapping[str, Tensor], *, tokens: int
     ) -> Future[dict[str, Tensor]]:
         """Wait for the cohort, then give each the weighted mean, float32; asked again, it is given again."""
-        if self._mean and step == self._means - 1 and slot in self.slots:
+        if self._means and step == self._means - 1 and slot in self.slots:
             return _answered({name: self._mean[name] for name in gradients})
         if step != self._means:
             return _refused(f"Gradients of step {step} came; those of step {self._means} are due.")

@@ -210,6 +210,14 @@ def test_a_gradient_that_comes_again_is_counted_once_before_and_after_the_mean()
     assert torch.equal(after.result(0)["w"], torch.full((2,), 6.0))
 
 
+def test_a_mean_of_nothing_is_given_again_as_any_other() -> None:
+    """Where the ends are cut before the first and after the last block, they have nothing to train."""
+    group, _ = cohort("ab")
+    asked = [group.calls.mean_gradient(slot, 0, {}, tokens=1) for slot in "ab"]
+    asked.append(group.calls.mean_gradient("a", 0, {}, tokens=1))
+    assert [answer.result(0) for answer in asked] == [{}] * 3
+
+
 def test_the_mean_of_one_step_is_not_given_for_another() -> None:
     group, _ = cohort("ab")
     for step, value in enumerate((2.0, 6.0)):
