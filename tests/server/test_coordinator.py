@@ -294,6 +294,22 @@ async def test_a_resumed_run_goes_on_with_its_members_and_no_other(
     resumed.store.close()
 
 
+async def test_a_resumed_run_goes_on_with_what_its_rule_keeps_from_round_to_round(
+    tmp_path: Path, worker: ThreadPoolExecutor
+) -> None:
+    """Round 1 goes from 0 to 1, and round 2 stays there: what moves it on is nine tenths of the first step."""
+    aggregation = {"lora": "factors", "server_optimiser": "fedavgm"}
+    run = Run(tmp_path, worker, aggregation=aggregation)
+    await run.join("a", "b")
+    await run.finish_round("a", "b")
+    run.store.close()
+    resumed = Run(tmp_path, worker, aggregation=aggregation)
+    await resumed.join("a", "b")
+    await resumed.finish_round("a", "b")
+    resumed.store.close()
+    torch.testing.assert_close(resumed.exported[2][ENDS], torch.full((3,), 1.9))
+
+
 async def test_a_round_goes_on_without_a_silent_member(run: Run) -> None:
     await run.join("a", "b")
     await run.train("a")
