@@ -454,6 +454,35 @@ def test_a_round_that_was_lost_on_the_way_runs_again_to_the_same_bits(lost_at: s
     assert_same_bits(client.adapters(), undisturbed.adapters())
 
 
+# Clipping by a norm
+
+
+class Norms(RecordingLink):
+    """Keeps what a step says of the gradients on the device."""
+
+    def step(self, step: int, *, squared_norm: float | None = None) -> Future[float]:
+        self.said = squared_norm
+        return super().step(step, squared_norm=squared_norm)
+
+
+def test_one_norm_is_taken_over_all_segments_and_with_noise_on_each_side_has_its_own(ledger: Ledger) -> None:
+    """AdamW's first moment after one step is a tenth of the gradient that it saw."""
+    limit = 1e-4
+    norms = {}
+    for name, gate in (("off", OpenReleases()), ("on", noisy(ledger))):
+        client = split_client(gate, training=TRAINING.model_copy(update={"max_grad_norm": limit}))
+        link = Norms(client.link.inner)
+        client.trainer.step(link, TEXTS, round=1, step=0)
+        sides = (client.trainer.optimiser.state(), client.trunk.result("a")[1])
+        moments = [torch.cat([m.flatten() for key, m in side.items() if key.endswith("exp_avg")]) for side in sides]
+        norms[name] = (link.said, *[10 * moment.norm().item() for moment in moments])
+    said, *apart = norms["off"]
+    assert said is not None
+    assert said > limit**2
+    assert math.hypot(*apart) == pytest.approx(limit, rel=0.02)
+    assert norms["on"] == (None, pytest.approx(limit, rel=0.02), pytest.approx(limit, rel=0.02))
+
+
 # Gradients that are merged at every step
 
 
