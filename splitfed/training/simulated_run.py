@@ -135,15 +135,17 @@ class SimulatedRun:
         for round in range(1, self._training.rounds + 1):
             self._round(round)
             on_round(round, self._exported())
+        residual = self._aggregator.residual()
+        for segment in self._segments:
+            load_adapter_state(segment, result.adapter)
+            if residual:
+                load_residual(segment, residual)
         result.adapter = self._exported()
         result.traffic = {name: client.traffic for name, client in self._clients.items()}
         result.personal = {
             name: {key: client.trainer.adapter_state()[key] for key in client.personal}
             for name, client in self._clients.items()
         }
-        if not self._aggregator.residual():
-            for segment in self._segments:
-                load_adapter_state(segment, result.adapter)
         return result
 
     def _round(self, round: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from splitfed.models import Partition, Trunk, initial_adapter
 from splitfed.training.data import Example, collate
 from splitfed.training.setup import lora_settings
 from splitfed.training.simulate import Simulation, examples_of, simulate
+from tests.equivalence.closeness import assert_equal_to_rounding
+from tests.equivalence.tiny_models import VOCABULARY, tiny_model
 
 OPEN = CodecSection(smashed="none", trunk_output="none", output_gradient="none", smashed_gradient="none")
 LORA = LoraSection(rank=16, alpha=32.0)
@@ -189,6 +192,39 @@ def test_flexlora_averages_products(base: Path, shards: dict[str, list[Example]]
         mean = sum(len(shards[client]) / total * products(alone[client].adapter)[layer] for client in shards)
         left_out = torch.linalg.svdvals(mean)[64:].square().sum().sqrt()
         assert torch.linalg.matrix_norm(product - mean) <= left_out * 1.001 + 1e-6
+
+
+@pytest.mark.parametrize("rule", ["flexlora", "flora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_every_clients_segments_end_with_the_result_and_peft_loads_the_same(
+    tmp_path: Path, family: str, rule: str
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    ids_BT = torch.randint(3, VOCABULARY, (12, 9))
+    examples = [Example(row, row, record=str(number)) for number, row in enumerate(ids_BT.tolist())]
+    parts, trunk = parts_of(tmp_path / "base", CUTS)
+    with torch.enable_grad():
+        run = simulate(
+            parts,
+            SimpleNamespace(pad_token_id=0),  # type: ignore[arg-type]
+            {client: examples[place::3] for place, client in enumerate(CUTS)},
+            training=TRAINING.model_copy(update={"max_tokens": 9, "learning_rate": 3e-2}),
+            lora=LoraSection(rank=8, alpha=16.0),
+            codecs=OPEN,
+            aggregation=AggregationSection.model_validate({"lora": rule}),
+            trunk=trunk,
+            ranks={"a": 2, "b": 4, "c": 8},
+        )
+    run.export(tmp_path / "adapter", base=tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    before_BTV = base(ids_BT).logits
+    expected_BTV = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids_BT).logits
+    assert (expected_BTV - before_BTV).abs().max() > 1
+    for client, (bottom, middle, top) in parts.items():
+        for segment in (bottom, middle, top):
+            segment.eval()
+        assert_equal_to_rounding(top(middle(bottom(ids_BT))).logits, expected_BTV, client)
 
 
 def test_a_server_optimiser_and_a_robust_rule_carry_a_run(base: Path, shards: dict[str, list[Example]]) -> None:
