@@ -125,7 +125,7 @@ def joint_losses(run: Simulation, shards: Mapping[str, list[Example]], training:
     ]
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.3])
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.3, "micro_batch_size": 2}], ids=str)
 @pytest.mark.parametrize(
     ("bottom_blocks", "top_blocks", "merge_ends"), [(0, 0, "round"), (1, 1, "step"), (2, 0, "step")]
 )
@@ -135,9 +135,9 @@ def test_joint_steps_are_central_lora_on_the_joint_batch(
     bottom_blocks: int,
     top_blocks: int,
     merge_ends: str,
-    max_grad_norm: float | None,
+    settings: dict[str, object],
 ) -> None:
-    training = TRAINING.model_copy(update={"max_grad_norm": max_grad_norm})
+    training = TRAINING.model_copy(update=settings)
     drawn = [batches_of(shard, training, client=client, seed=5) for client, shard in shards.items()]
     batches = [[example for batch in together for example in batch] for together in zip(*drawn, strict=True)]
     losses, _ = central_steps(base, batches, training, LORA, seed=5)
@@ -224,8 +224,12 @@ def test_free_steps_depend_on_who_is_fast_and_no_step_is_older_than_allowed(
     skewed = {"a": 1.0, "b": 10.0, "c": 1.0}
     free = split_run(base, shards, training=training, variant="async", max_staleness=50, seconds=skewed)
     held = split_run(base, shards, training=training, variant="async", max_staleness=4, seconds=skewed)
+    light = split_run(
+        base, shards, training=training, variant="async", max_staleness=4, staleness_exponent=3.0, seconds=skewed
+    )
     assert even.losses != free.losses
     assert free.oldest_step > 4
     assert held.oldest_step <= 4
     assert free.losses != held.losses
+    assert held.losses != light.losses
     assert all(losses[-1] < losses[0] for losses in free.losses.values())

@@ -15,6 +15,7 @@ from splitfed.config import FederationSection
 from splitfed.errors import ProtocolError, RoundLost, ServerUnreachable
 from splitfed.federation import Phase, UpdateRefused
 from splitfed.federation.cohort import ranked
+from splitfed.federation.variants import Staleness
 from splitfed.proto.v1 import training_pb2
 from splitfed.server.contribution import Contribution
 from splitfed.server.sessions import Operation, TrainSession
@@ -914,3 +915,8 @@ async def test_a_round_that_is_over_keeps_no_step_waiting(open_run: OpenRun) -> 
 def test_a_step_may_be_four_times_as_old_as_there_are_agents_unless_the_run_says_otherwise() -> None:
     assert staleness_of(FederationSection(agents=3, variant="async")).most == 12
     assert staleness_of(FederationSection(agents=3, variant="async", max_staleness=2)).most == 2
+
+
+def test_how_old_a_step_may_be_and_what_it_counts_for_is_the_runs() -> None:
+    federation = FederationSection(agents=5, cohort=3, variant="async", max_staleness=2, staleness_exponent=2.0)
+    assert staleness_of(federation) == Staleness(most=2, clients=3, exponent=2.0)
