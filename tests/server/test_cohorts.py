@@ -83,6 +83,17 @@ async def test_each_round_is_of_its_cohort_and_its_line_says_so(open_run: OpenRu
         assert not {"late", "dropped", "merged", "replaced"} & line.keys()
 
 
+async def test_a_round_is_over_with_its_cohort_and_who_was_asked_beyond_it_is_late(open_run: OpenRun) -> None:
+    run = open_run(agents=4, cohort=2, over_selection=1)
+    await run.join(*"abcd")
+    first, second, third = asked = cohort("abcd", 1, 3)
+    await run.train(third, steps=1)
+    await run.finish_round(first, second)
+    (line,) = run.metrics()
+    assert (line["selected"], list(line["agents"])) == (asked, [first, second])
+    assert line["late"] == line["dropped"] == [third]
+
+
 async def test_who_was_not_asked_can_open_no_session_and_is_told_when_it_is(open_run: OpenRun) -> None:
     run = open_run(agents=4, rounds=9, cohort=2)
     await run.join(*"abcd")
