@@ -1,8 +1,10 @@
 """What holds for a whole run: which devices it allows."""
 
+from typing import Any
+
 import pytest
 
-from splitfed.config import LoraSection, ModelSection, RunConfig, RunIdentity
+from splitfed.config import LoraSection, ModelSection, PrivacySection, RunConfig, RunIdentity
 from splitfed.errors import JoinRefused
 
 
@@ -27,6 +29,20 @@ def test_another_rank_is_refused_in_the_words_of_the_agents_file(
     said = rf"^\[agent\] rank is {rank}, but the run 'small' has {has}; set it accordingly, or leave it out\.$"
     with pytest.raises(JoinRefused, match=said):
         run_of_ranks(least, most).check_rank(rank)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "rule"),
+    [
+        ({"noise_multiplier": 0.0}, "factors"),
+        ({"noise_multiplier": 1.0}, "ffa"),
+        ({"noise_multiplier": 1.0, "adapter": "dp-sgd"}, "ffa"),
+        ({"noise_multiplier": 1.0, "adapter": "none"}, "factors"),
+    ],
+)
+def test_one_factor_is_trained_where_what_comes_of_it_is_noised(privacy: dict[str, Any], rule: str) -> None:
+    run = run_of_ranks(None, 4).model_copy(update={"privacy": PrivacySection.model_validate(privacy)})
+    assert run.rule.lora == rule
 
 
 def test_a_run_at_an_agents_own_rank_keeps_the_rule_of_the_run() -> None:

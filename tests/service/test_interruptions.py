@@ -42,12 +42,35 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("undisturbed") / "here"
-    config = small_run(folder)
+    return run_to_the_end(tmp_path_factory.mktemp("undisturbed") / "here")
+
+
+def run_to_the_end(folder: Path, **sections: Any) -> dict[str, torch.Tensor]:
+    """Run without any trouble; gives the adapter."""
+    config = small_run(folder, **sections)
     with serving(config) as server:
         for ended in agents(folder, server.address):
             ended.result(120)
     return adapter(config)
+
+
+def run_with_a_restart(folder: Path, **sections: Any) -> ServerConfig:
+    """Run with a server that is stopped after the first round, and resumed."""
+    config = small_run(folder, **sections)
+    server = LocalServer(config)
+    proxy = CuttingProxy(server.address)  # a fixed address in front of servers that come and go
+    futures = agents(folder, proxy.address)
+    wait_until(lambda: (config.run.directory / "checkpoints" / "round-0001").exists())
+    server.stop()
+    proxy.close()
+    lines = (config.run.directory / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) < ROUNDS["rounds"]
+    port = int(proxy.address.rpartition(":")[2])
+    resumed = config.model_copy(update={"server": config.server.model_copy(update={"address": f"127.0.0.1:{port}"})})
+    with serving(resumed, resume=True):
+        for ended in futures:
+            ended.result(120)
+    return config
 
 
 @pytest.mark.parametrize("cut_after_bytes", [20_000, 150_000, 400_000])
@@ -67,24 +90,19 @@ def test_a_stream_that_breaks_is_taken_up_where_it_broke(
 def test_a_server_that_is_stopped_and_resumed_ends_with_the_same_adapter(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
-    folder = tmp_path / "here"
-    config = small_run(folder)
-    server = LocalServer(config)
-    proxy = CuttingProxy(server.address)  # a fixed address in front of servers that come and go
-    futures = agents(folder, proxy.address)
-    wait_until(lambda: (config.run.directory / "checkpoints" / "round-0001").exists())
-    server.stop()
-    proxy.close()
-    lines = (config.run.directory / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) < ROUNDS["rounds"]
-    port = int(proxy.address.rpartition(":")[2])
-    resumed = config.model_copy(update={"server": config.server.model_copy(update={"address": f"127.0.0.1:{port}"})})
-    with serving(resumed, resume=True):
-        for ended in futures:
-            ended.result(120)
+    config = run_with_a_restart(tmp_path / "here")
     assert_same(adapter(config), undisturbed)
     rounds = [json.loads(line)["round"] for line in (config.run.directory / "metrics.jsonl").read_text().splitlines()]
     assert rounds == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "aggregation", [{"lora": "flora"}, {"lora": "factors", "server_optimiser": "fedadam"}], ids=["flora", "fedadam"]
+)
+def test_what_a_rule_keeps_from_round_to_round_survives_a_restart(tmp_path: Path, aggregation: dict[str, Any]) -> None:
+    """The residual under the adapter, in the trunk and on the agents, and the moments of the server's optimiser."""
+    config = run_with_a_restart(tmp_path / "here", aggregation=aggregation)
+    assert_same(adapter(config), run_to_the_end(tmp_path / "undisturbed", aggregation=aggregation))
 
 
 def test_an_agent_that_stops_and_comes_back_runs_its_round_again(
