@@ -157,6 +157,19 @@ def test_a_late_update_is_merged_once_in_the_round_that_it_comes_in() -> None:
         machine.submit("d", 1, now_s=8)
 
 
+def test_one_that_has_made_no_step_has_no_update_to_wait_for_and_takes_part_in_the_next_round() -> None:
+    machine = racing("abcd", merges_late=True)
+    machine.progress("d", 0.5)
+    for client in "abc":
+        machine.submit(client, 1, now_s=1)
+    machine.cut_off_stragglers(4)
+    machine.close()
+    assert (machine.late, machine.dropped) == (["d"], ["d"])
+    machine.commit(5)
+    machine.progress("d", 6)
+    assert machine.may_start("d")
+
+
 def test_a_late_update_counts_for_no_quorum() -> None:
     machine = closed_without_d(merges_late=True, quorum=2)
     machine.commit(5)

@@ -396,6 +396,8 @@ async def test_a_clock_that_jumps_takes_nobody_out(open_run: OpenRun) -> None:
     sessions, waiting = await behind(run)
     run.now_s += 3600
     await run.coordinator.tick()
+    await time_passes(run, 1)
+    assert not waiting.done()
     await step(sessions["b"], 4)
     await asyncio.wait_for(waiting, 20)
     assert together(run)[-1] == ["a", "b", "c"]
