@@ -119,6 +119,19 @@ def test_what_one_trains_itself_the_trunk_trains_for_the_others(begun: MakeUpdat
     assert same(adapter, {**factors(1.0, 5.0, trunk=True), **factors(1.0, 0.0)})
 
 
+@pytest.mark.parametrize("variant", ["sflv2", "parallel"])
+def test_the_trunk_counts_for_nobody_that_keeps_the_block_to_itself(begun: MakeUpdates, variant: str) -> None:
+    """Both a and b hold the block that the trunk runs for c; only b shares it: its own 8 counts 3, the 4 for c 1."""
+    holds = {"bottom_blocks": 2}
+    updates = begun(variant, own={"a": {**holds, "personal": [TRUNK_A, TRUNK_B]}, "b": holds, "c": {}})
+    left = factors(1.0, 4.0, trunk=True)
+    updates.take("a", 1, {}, factors(1.0, 0.0))
+    updates.take("b", 1, {}, {**factors(1.0, 8.0, trunk=True), **factors(1.0, 0.0)})
+    updates.take("c", 1, left if variant == "sflv2" else {}, factors(1.0, 0.0))
+    adapter, _ = updates.result(left)
+    assert same(adapter, {**factors(1.0, 7.0, trunk=True), **factors(1.0, 0.0)})
+
+
 def test_a_late_update_counts_by_its_change(begun: MakeUpdates) -> None:
     """Late for round 1, from 0 to 5; round 2 starts from 1, and a goes to 3: 1 + 5 and 3, a mean of 4.5."""
     updates = begun()

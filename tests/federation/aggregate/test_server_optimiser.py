@@ -62,6 +62,14 @@ def test_fedavgm_without_momentum_gives_the_mean():
     assert_same_bits(stepped, mean)
 
 
+@pytest.mark.parametrize(("optimiser", "step"), [("fedavgm", 3.0), ("fedadam", 0.01), ("fedyogi", 0.01)])
+def test_a_first_step_at_the_learning_rate_that_is_left_out(optimiser, step):
+    """A change of 3 is 0.3 of a first moment, and of a second one of 0.09: a step of the learning rate but for tau."""
+    base, update = {"x": torch.zeros(1)}, Update({"x": torch.full((1,), 3.0)}, 1)
+    moved = aggregate(make(server_optimiser=optimiser), base, [("a", update)]).adapter["x"].item()
+    assert moved == pytest.approx(step, rel=0.01)
+
+
 def test_moments_of_what_nobody_trained_wait():
     base = {"x": torch.tensor([1.0]), "y": torch.tensor([1.0])}
     aggregator = make(server_optimiser="fedavgm", momentum=0.5)
