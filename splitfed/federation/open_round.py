@@ -159,6 +159,11 @@ class OpenRound:
         self._out.add(client)
         return self.can_spare(client, here)
 
+    def needs_those_taken_out(self, here: set[str]) -> bool:
+        """Say whether it can have its quorum only with those that it goes on without: it has to begin again then."""
+        can_count = self.submitted | self.waits_for(here)
+        return not self.is_closed and len(can_count) < self.policy.quorum <= len(can_count | (here & self._out))
+
     def is_complete(self, here: set[str]) -> bool:
         """Say whether it has every update that it waits for, and its quorum."""
         if self.is_closed:

@@ -370,6 +370,18 @@ class Rounds:
             self._open(now_s)
         return goes_on
 
+    def begin_again_where_it_must(self, now_s: float) -> bool:
+        """Begin the open round again where those left in it, who were enough, have gone since others were taken out.
+
+        Returns:
+            True if it has begun again, for everyone.
+        """
+        if self._round is None or not self._round.needs_those_taken_out(self._free()):
+            return False
+        self._absences.begun_again += 1
+        self._open(now_s)
+        return True
+
     def is_complete(self) -> bool:
         """Say whether the open round has every update that it waits for, and its quorum."""
         return self._round is not None and self._round.is_complete(self._free())

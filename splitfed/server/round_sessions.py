@@ -187,6 +187,8 @@ class RoundSessions:
                 continue
             if not await self._take_out(client, is_silent=slot in joint.slots):
                 return
+        if self._rounds.begin_again_where_it_must(self._clock()):
+            await self._begun_again()
 
     async def end_lost_parts(self) -> None:
         """End the sessions of those that had a part in this round and lost it; others wait for them no longer."""
@@ -256,9 +258,13 @@ class RoundSessions:
             await self._end(session)
         goes_on = self._rounds.take_out(client, self._clock(), is_silent=is_silent)
         if not goes_on:
-            _log.warning("round %d begins again: too few are left to finish it", self._rounds.current)
-            self._trunk_round.close(RoundLost(f"Round {self._rounds.current} begins again: too few are left in it."))
-            for each in self._begin_again():
-                await self._engine.empty(each.slot)
+            await self._begun_again()
         await self._tell()
         return goes_on
+
+    async def _begun_again(self) -> None:
+        """Let everyone go that was at work on the round, which has begun again."""
+        _log.warning("round %d begins again: too few are left to finish it", self._rounds.current)
+        self._trunk_round.close(RoundLost(f"Round {self._rounds.current} begins again: too few are left in it."))
+        for each in self._begin_again():
+            await self._engine.empty(each.slot)

@@ -92,6 +92,36 @@ def test_a_round_begins_again_where_its_quorum_cannot_be_met_any_more() -> None:
     assert machine.working == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("goes", ["leaves", "leaves for good", "falls silent"])
+def test_a_round_begins_again_for_one_that_was_taken_out_when_the_last_one_in_it(goes: str) -> None:
+    machine = rounds_of("ab", timeout_s=10)
+    assert machine.take_out("b", now_s=1)
+    assert not machine.begin_again_where_it_must(now_s=1)
+    machine.progress("b", now_s=11)
+    if goes == "falls silent":
+        assert machine.leave_out_silent(11) == ["a"]
+    else:
+        machine.leave("a", 11, for_good=goes == "leaves for good")
+    assert machine.begin_again_where_it_must(now_s=11)
+    assert (machine.working, machine.taken_out, machine.absences.begun_again) == (["b"], [], 1)
+    assert not machine.begin_again_where_it_must(now_s=12)
+
+
+def test_a_round_does_not_begin_again_where_that_makes_no_quorum_or_none_is_lacking() -> None:
+    machine = rounds_of("abc", quorum=2)
+    assert machine.take_out("c", now_s=1)
+    machine.leave("a", 2, for_good=False)
+    machine.leave("c", 2, for_good=False)
+    assert not machine.begin_again_where_it_must(now_s=2)
+    machine.join("a", 1, now_s=3)
+    machine.join("c", 1, now_s=3)
+    for client in "ab":
+        machine.submit(client, 1, now_s=4)
+    machine.close()
+    machine.leave("a", 5, for_good=False)
+    assert not machine.begin_again_where_it_must(now_s=5)
+
+
 def test_a_round_that_has_its_quorum_spares_whoever_is_still_at_work() -> None:
     machine = rounds_of("abc", quorum=2)
     for client in "ab":

@@ -279,6 +279,25 @@ async def test_all_that_start_again_one_after_the_other_begin_the_round_again(op
     assert agents_of(run) == [["a", "b", "c"]]
 
 
+async def test_one_that_was_taken_out_finishes_alone_when_the_last_one_in_the_round_goes(open_run: OpenRun) -> None:
+    run = open_run(agents=2)
+    sessions = await start(run, *"ab")
+    await step_together(sessions, 0)
+    with pytest.raises(RoundLost, match="has begun without"):
+        await open_all(run, "b")
+    watcher = run.coordinator.watch("b")
+    assert await anext(watcher) == (Phase.OPEN, 1, False)
+    assert not run.coordinator.rounds.may_start("b")
+    await run.coordinator.leave("a", for_good=True)
+    await run.coordinator.tick()
+    assert await asyncio.wait_for(anext(watcher), 20) == (Phase.OPEN, 1, False)
+    assert run.coordinator.rounds.may_start("b")
+    assert run.engine.states == {}
+    await finish(run, await open_all(run, "b"))
+    assert agents_of(run) == [["b"]]
+    assert run.metrics()[0]["begun_again"] == 1
+
+
 async def test_several_go_at_once_and_the_others_finish(open_run: OpenRun) -> None:
     run = open_run(agents=5)
     sessions = await start(run, *"abcde")
