@@ -72,6 +72,11 @@ class SimulatedClient:
         """Names of its own adapter that are merged with those of others."""
         return frozenset(self.trainer.adapter_state()) - self.personal
 
+    @property
+    def weight(self) -> int:
+        """What its updates count for: its examples, or 1 with noise on, as their number says something about them."""
+        return 1 if self.trainer.releases.is_noisy else len(self.examples)
+
     def begin_round(
         self, adapter: Mapping[str, Tensor], residual: Mapping[str, Tensor], factors: Collection[str]
     ) -> dict[str, Tensor]:

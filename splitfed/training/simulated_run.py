@@ -198,7 +198,7 @@ class SimulatedRun:
             state |= client.update(part.start, factors, round=round)
             own = turn if self._variant.takes_turns else None
             if state or own:
-                update = self._aggregator.add(client.name, Update(state, len(client.examples), turn=own))
+                update = self._aggregator.add(client.name, Update(state, client.weight, turn=own))
                 turn = update.turn or turn
         except UpdateRefused as error:
             self._result.refused.setdefault(round, {})[client.name] = str(error)

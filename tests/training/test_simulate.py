@@ -61,6 +61,24 @@ def test_a_round_is_the_mean_of_the_clients_own_rounds_by_examples(run: Any) -> 
     assert_same_bits({name: tensor for part in parts for name, tensor in adapter_state(part).items()}, together.adapter)
 
 
+class AsIfNoisy(OpenReleases):
+    """Says that noise is on, and adds none."""
+
+    is_noisy = True
+
+
+def test_with_noise_on_every_client_counts_the_same_as_on_a_server(run: Any) -> None:
+    """The number of examples says something about them, and leaves no device then."""
+    shards = {"a": examples(5, 6, 7, 8, 9, seed=1), "b": examples(10, 11, seed=50)}
+    gated = {"releases": lambda client: AsIfNoisy()}
+    alone = {client: run({client: shard}, **gated)[0] for client, shard in shards.items()}
+    together, _ = run(shards, **gated)
+    for name, tensor in together.adapter.items():
+        mean = (alone["a"].adapter[name].double() + alone["b"].adapter[name].double()) / 2
+        torch.testing.assert_close(tensor.double(), mean, rtol=2**-23, atol=2**-44)
+        assert not torch.equal(alone["a"].adapter[name], alone["b"].adapter[name])
+
+
 def test_the_next_round_starts_from_the_mean_and_each_client_keeps_its_optimiser(run: Any) -> None:
     """Two clients with one and the same text, in two rounds, are one client with it in one round of as many steps."""
     one_text = examples(9)
