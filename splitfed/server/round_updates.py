@@ -93,10 +93,8 @@ class RoundUpdates:
 
     def start_of(self, client: str) -> dict[str, Tensor]:
         """Give what an agent starts the round from: its adapters, and what the rule keeps frozen under them."""
-        device, residual = self._devices[client], self.residual
-        own = {name: self._base[name] for name in device.own}
-        frozen = {f"{RESIDUAL}{name}": residual[name] for name in own if residual}
-        return {**(own if device.rank == self._rank else at_rank(own, device.rank)), **frozen}
+        own, residual = self._at_own_rank(client, self._base), self.residual
+        return {**own, **{f"{RESIDUAL}{name}": residual[name] for name in own if residual}}
 
     def still_true(self, optimiser: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Leave out the moments of tensors that the last round's end has replaced."""
@@ -137,7 +135,10 @@ class RoundUpdates:
         """
         counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._devices.contested
         of_trunk = {name: trunk[name] for name in counted}
-        own_base = self._bases[round] if round < self._round else None
+        own_base = None
+        if round < self._round:
+            base = self._bases[round]
+            own_base = {**base, **self._at_own_rank(client, base)}
         try:
             if self._variant.shares_adapter:
                 self._try(client, ends)
@@ -205,6 +206,12 @@ class RoundUpdates:
             del self._counted[client]
         else:
             self._counted[client] = before
+
+    def _at_own_rank(self, client: str, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give a client's bottom and top of an adapter, as it trains them."""
+        device = self._devices[client]
+        own = {name: adapter[name] for name in device.own}
+        return own if device.rank == self._rank else at_rank(own, device.rank)
 
     def _try(self, client: str, ends: Mapping[str, Tensor]) -> None:
         """Check an update by the run's rule, and count nothing."""

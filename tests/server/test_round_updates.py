@@ -143,6 +143,19 @@ def test_a_late_update_counts_by_its_change(begun: MakeUpdates) -> None:
     assert updates.counted == {"c": 1, "a": 2}
 
 
+def test_a_late_update_of_a_smaller_rank_counts_by_its_change_too(begun: MakeUpdates) -> None:
+    """Its product B A goes from 2 to 6 while that of the run stays 2: the mean with one that stays is 4."""
+    state = RunState(0, {}, factors(1.0, 1.0))
+    updates = begun(lora="flexlora", least_rank=1, state=state, own={"a": {"rank": 1}, "c": {}})
+    start = updates.start_of("a")
+    updates.begin(RunState(1, {}, factors(1.0, 1.0)), 2, late=[1])
+    updates.take("a", 1, {}, {A: start[A], B: 3 * start[B]})
+    updates.take("c", 2, {}, factors(1.0, 1.0))
+    adapter, _ = updates.result({})
+    torch.testing.assert_close(adapter[B] @ adapter[A], torch.full((WIDE, WIDE), 4.0))
+    assert updates.counted == {"a": 1, "c": 2}
+
+
 def test_a_round_that_is_begun_again_counts_nothing_of_its_first_attempt(begun: MakeUpdates) -> None:
     updates = begun("parallel")
     updates.take("a", 1, {}, factors(1.0, 100.0))
