@@ -214,10 +214,21 @@ class Coordinator:
         """Check that a call comes from the agent that joined under this name.
 
         Raises:
-            RoundLost: If nobody has joined under the name since the server started.
+            RoundLost: If nobody has joined under the name.
             JoinRefused: If it was another agent.
         """
         self._membership.check(client, agent_id)
+
+    def check_joined(self, client: str, agent_id: bytes) -> None:
+        """Check that a call comes from a member of which it is known what it holds.
+
+        Raises:
+            RoundLost: If it has not joined since the server started; what it had begun is lost anyway.
+            JoinRefused: If it was another agent.
+        """
+        self.check_member(client, agent_id)
+        if client not in self.devices:
+            raise RoundLost(f"{client!r} has not joined since the server started again; join first.")
 
     def last_counted(self, client: str) -> int:
         """Give the round of this client's last update that is in the run; 0: there is none."""
@@ -343,7 +354,7 @@ class Coordinator:
             self._engine,
             self.config.federation,
             adapter=state.trunk,
-            optimisers={owner: self._updates.still_true(moments) for owner, moments in state.optimisers.items()},
+            optimisers=state.optimisers,
             round=number,
             attempt=self._begun,
             trained=self._updates.trained,
@@ -430,7 +441,10 @@ class Coordinator:
             round=self.rounds.current,
             trunk={name: adapter[name] for name in self._state.trunk},
             ends={name: adapter[name] for name in self._state.ends},
-            optimisers=self._trunk_round.optimisers,
+            optimisers={
+                owner: dict(self._updates.still_true(moments))
+                for owner, moments in self._trunk_round.optimisers.items()
+            },
             weights={client: self.rounds.weight(client) for client in self.rounds.members},
             agent_ids=self._membership.agent_ids,
             counted=self._updates.counted,

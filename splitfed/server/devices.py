@@ -52,6 +52,10 @@ class Devices:
         """Give what an agent holds; what the run says, for one that has not joined since the server started."""
         return self._devices.get(client) or self.device()
 
+    def __contains__(self, client: str) -> bool:
+        """Say whether an agent has joined since the server started."""
+        return client in self._devices
+
     def put(self, client: str, device: Device) -> None:
         """Note what an agent holds."""
         self._devices[client] = device

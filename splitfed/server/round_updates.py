@@ -97,7 +97,7 @@ class RoundUpdates:
         return {**own, **{f"{RESIDUAL}{name}": residual[name] for name in own if residual}}
 
     def still_true(self, optimiser: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Leave out the moments of tensors that the last round's end has replaced."""
+        """Leave out the moments of tensors that this round's end replaces, while it is known who holds what."""
         if not self._rule.renews_factors:
             return optimiser
         return {} if self._variant.averages_trunk else without(optimiser, self._devices.contested)

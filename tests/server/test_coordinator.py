@@ -294,6 +294,25 @@ async def test_a_resumed_run_goes_on_with_its_members_and_no_other(
     resumed.store.close()
 
 
+async def test_a_resumed_run_knows_what_a_member_holds_once_it_has_joined_again(
+    run: Run, tmp_path: Path, worker: ThreadPoolExecutor
+) -> None:
+    await run.join("a", "b")
+    run.coordinator.check_joined("a", IDS["a"])
+    await run.finish_round("a", "b")
+    run.store.close()
+    again = Run(tmp_path, worker)
+    resumed = again.coordinator
+    resumed.check_member("a", IDS["a"])
+    with pytest.raises(RoundLost, match="'a' has not joined since the server started again"):
+        resumed.check_joined("a", IDS["a"])
+    with pytest.raises(JoinRefused, match="Another agent is called 'a'"):
+        resumed.check_joined("a", IDS["b"])
+    await resumed.join("a", IDS["a"], 1)
+    resumed.check_joined("a", IDS["a"])
+    again.store.close()
+
+
 async def test_a_resumed_run_goes_on_with_what_its_rule_keeps_from_round_to_round(
     tmp_path: Path, worker: ThreadPoolExecutor
 ) -> None:

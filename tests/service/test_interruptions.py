@@ -1,6 +1,7 @@
 """Whatever is interrupted, the result is that of an undisturbed run, to the bit (noise off, one machine)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,16 @@ def small_run(folder: Path, **sections: Any) -> ServerConfig:
     folder.mkdir()
     for rows, name in enumerate(NAMES, start=6):
         write_texts(folder / f"{name}.jsonl", name, rows)
-    return server_config(folder, training=ROUNDS, federation={"agents": 2, "agent_timeout_s": 60}, **sections)
+    federation = {"agents": 2, "agent_timeout_s": 60, **sections.pop("federation", {})}
+    return server_config(folder, training=ROUNDS, federation=federation, **sections)
 
 
-def agents(folder: Path, address: str, **agent: Any) -> list[Any]:
-    return [start_agent(agent_config(folder, name, address, folder / f"{name}.jsonl", **agent)) for name in NAMES]
+def agents(folder: Path, address: str, own: Mapping[str, Mapping[str, Any]] = {}) -> list[Any]:
+    """Start all agents; ``own`` is what the agents' sections have beside what is the same for all."""
+    return [
+        start_agent(agent_config(folder, name, address, folder / f"{name}.jsonl", **own.get(name, {})))
+        for name in NAMES
+    ]
 
 
 def adapter(config: ServerConfig) -> dict[str, torch.Tensor]:
@@ -45,22 +51,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
     return run_to_the_end(tmp_path_factory.mktemp("undisturbed") / "here")
 
 
-def run_to_the_end(folder: Path, **sections: Any) -> dict[str, torch.Tensor]:
+def run_to_the_end(folder: Path, own: Mapping[str, Mapping[str, Any]] = {}, **sections: Any) -> dict[str, torch.Tensor]:
     """Run without any trouble; gives the adapter."""
     config = small_run(folder, **sections)
     with serving(config) as server:
-        for ended in agents(folder, server.address):
+        for ended in agents(folder, server.address, own):
             ended.result(120)
     return adapter(config)
 
 
-def run_with_a_restart(folder: Path, **sections: Any) -> ServerConfig:
-    """Run with a server that is stopped after the first round, and resumed."""
+def run_with_a_restart(
+    folder: Path, *, is_silent: bool = False, own: Mapping[str, Mapping[str, Any]] = {}, **sections: Any
+) -> ServerConfig:
+    """Run with a server that is stopped after the first round, and resumed; a silent one tells nobody."""
     config = small_run(folder, **sections)
     server = LocalServer(config)
     proxy = CuttingProxy(server.address)  # a fixed address in front of servers that come and go
-    futures = agents(folder, proxy.address)
+    futures = agents(folder, proxy.address, own)
     wait_until(lambda: (config.run.directory / "checkpoints" / "round-0001").exists())
+    if is_silent:
+        proxy.close()
     server.stop()
     proxy.close()
     lines = (config.run.directory / "metrics.jsonl").read_text().splitlines()
@@ -103,6 +113,20 @@ def test_what_a_rule_keeps_from_round_to_round_survives_a_restart(tmp_path: Path
     """The residual under the adapter, in the trunk and on the agents, and the moments of the server's optimiser."""
     config = run_with_a_restart(tmp_path / "here", aggregation=aggregation)
     assert_same(adapter(config), run_to_the_end(tmp_path / "undisturbed", aggregation=aggregation))
+
+
+@pytest.mark.parametrize("variant", ["sflv1", "sflv2"])
+def test_agents_with_parts_and_ranks_of_their_own_outlast_a_server_that_crashes(tmp_path: Path, variant: str) -> None:
+    """A stream that is taken up at a server that does not know yet what its agent holds begins its round again."""
+    run: dict[str, Any] = {
+        "own": {"a": {"bottom_blocks": 2, "rank": 2, "personal": ["top"]}, "b": {"bottom_blocks": 0, "top_blocks": 2}},
+        "model": {"least_bottom_blocks": 0},
+        "lora": {"least_rank": 2},
+        "federation": {"variant": variant},
+        "aggregation": {},
+    }
+    config = run_with_a_restart(tmp_path / "here", is_silent=True, **run)
+    assert_same(adapter(config), run_to_the_end(tmp_path / "undisturbed", **run))
 
 
 def test_an_agent_that_stops_and_comes_back_runs_its_round_again(

@@ -114,13 +114,14 @@ class FederationService(federation_pb2_grpc.FederationServicer):
 
     async def Leave(self, request: federation_pb2.LeaveRequest, context: Any) -> federation_pb2.LeaveReply:
         """Let a member go."""
-        self._check(context, request)
+        self._identity.check(context, request.client, request.run_id)
+        self._coordinator.check_member(request.client, request.agent_id)
         await self._coordinator.leave(request.client, for_good=request.for_good)
         return federation_pb2.LeaveReply()
 
     def _check(self, context: Any, request: Any) -> None:
         self._identity.check(context, request.client, request.run_id)
-        self._coordinator.check_member(request.client, request.agent_id)
+        self._coordinator.check_joined(request.client, request.agent_id)
 
 
 def _finite(value: float) -> float | None:

@@ -57,7 +57,7 @@ class TrainingService(training_pb2_grpc.TrainingServicer):
             raise ProtocolError("A stream starts with the round that it is for.")
         opening = first.open
         self._identity.check(context, opening.client, opening.run_id)
-        self._coordinator.check_member(opening.client, opening.agent_id)
+        self._coordinator.check_joined(opening.client, opening.agent_id)
         blocks = self._coordinator.devices[opening.client].blocks or self._blocks
         if (opening.first_block, opening.end_block) != (blocks.start, blocks.stop):
             raise ProtocolError(
