@@ -88,6 +88,17 @@ class AnyRun(RuleBasedStateMachine):
             assert not self.rounds.may_start(client)
             assert client not in self.rounds.submitted
 
+    @precondition(lambda self: not self.rounds.policy.takes_turns)
+    @rule(index=st.integers(0, len(NAMES) - 1), is_silent=st.booleans())
+    def one_at_work_loses_its_place(self, index: int, is_silent: bool) -> None:
+        at_work = self.rounds.working
+        if at_work and not self.rounds.is_complete():
+            client = at_work[index % len(at_work)]
+            if not self.rounds.take_out(client, self.now_s, is_silent=is_silent):
+                self._begun_again()
+            else:
+                assert not self.rounds.may_start(client)
+
     @rule()
     def all_go_on_and_submit_until_the_round_is_over(self) -> None:
         for client in self.rounds.selected:
@@ -152,6 +163,12 @@ class AnyRun(RuleBasedStateMachine):
         first = ranked(here, seed=policy.seed, round=self.rounds.current)[:wanted]
         assert self.rounds.selected == sorted(first)
 
+    def _begun_again(self) -> None:
+        """What was counted in the round so far is not."""
+        assert self.rounds.submitted == []
+        for client in NAMES:
+            self.counted.pop((client, self.rounds.current), None)
+
     def _is_here(self, client: str) -> bool:
         return client in self.rounds._members.here
 
@@ -184,13 +201,18 @@ class AnyRun(RuleBasedStateMachine):
 
     @invariant()
     def an_open_round_always_has_someone_to_wait_for_while_there_is_someone_to_ask(self) -> None:
-        """No deadlock: whoever is here and free can be at work where the round is not over."""
+        """No deadlock: whoever is here and free can be at work where the round is not over, once it is looked at."""
+        if self.rounds.begin_again_where_it_must(self.now_s):
+            self._begun_again()
         if self.rounds.phase is not Phase.OPEN or self.rounds.is_complete():
             return
         free = [c for c in self.rounds.members if self._is_here(c) and self.rounds.lateness(c) is None]
         idle = [c for c in free if not self.rounds.is_done(c) and c not in self.rounds.merged]
-        if idle:
-            assert any(self.rounds.may_start(c) and not self.rounds.has_submitted(c) for c in idle)
+        placed = [c for c in idle if c not in self.rounds.taken_out]
+        if placed:
+            assert any(self.rounds.may_start(c) for c in placed)
+        elif idle:
+            assert len({*self.rounds.submitted, *idle}) < self.rounds.policy.quorum
 
 
 TestAnyRun = AnyRun.TestCase
