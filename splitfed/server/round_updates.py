@@ -68,6 +68,8 @@ class RoundUpdates:
         self._added: set[str] = set()
         self.refused, self.left_out = {}, []
         self._held: dict[str, Mapping[str, Tensor]] = {}
+        self._contested = self._devices.contested
+        self._turns: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor], Turn | None]] = {}
         self._aggregator.begin(self._base, round)
 
     @property
@@ -133,7 +135,8 @@ class RoundUpdates:
                 would not hear later.
             ProtocolError: If it is no update of this round.
         """
-        counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._devices.contested
+        self._go_by_who_holds_what()
+        counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._contested
         of_trunk = {name: trunk[name] for name in counted}
         own_base = None
         if round < self._round:
@@ -144,7 +147,9 @@ class RoundUpdates:
                 self._try(client, ends)
                 self._held[client] = ends
             else:
-                turn = self._add(client, {**of_trunk, **ends}, own_base, turn)
+                given, turn = turn, self._add(client, {**of_trunk, **ends}, own_base, turn)
+                if self._variant.takes_turns:
+                    self._turns[client] = trunk, ends, given
         except UpdateRefused:
             raise
         except ValueError as error:
@@ -158,7 +163,8 @@ class RoundUpdates:
         Args:
             shared: The trunk adapter that the round leaves, where it is no mean of copies.
         """
-        contested = self._devices.contested
+        self._go_by_who_holds_what()
+        contested = self._contested
         held, self._held = self._held, {}
         for client, ends in sorted(held.items()):
             own = self._devices[client].own
@@ -196,6 +202,17 @@ class RoundUpdates:
         if state:
             self._added.add(client)
         return counted.turn
+
+    def _go_by_who_holds_what(self) -> None:
+        """Count turns anew if an agent that has joined since holds what was the trunk's alone, or does so no more."""
+        if self._contested == self._devices.contested:
+            return
+        self._contested, self._added = self._devices.contested, self._added - self._turns.keys()
+        if self._turns:
+            self._aggregator.begin(self._base, self._round)
+        for client, (trunk, ends, turn) in self._turns.items():
+            of_trunk = {name: trunk[name] for name in trunk.keys() & self._contested}
+            self._add(client, {**of_trunk, **ends}, None, turn)
 
     def _leave_out(self, client: str, why: str) -> None:
         """Go on without an update: its client's optimiser goes on from where it would without this round."""

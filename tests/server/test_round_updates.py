@@ -132,6 +132,23 @@ def test_the_trunk_counts_for_nobody_that_keeps_the_block_to_itself(begun: MakeU
     assert same(adapter, {**factors(1.0, 7.0, trunk=True), **factors(1.0, 0.0)})
 
 
+@pytest.mark.parametrize("variant", ["sflv2", "parallel", "async"])
+@pytest.mark.parametrize("takes_part", [False, True])
+def test_a_block_that_one_who_joins_amid_a_round_holds_keeps_what_the_trunk_trained_before(
+    begun: MakeUpdates, variant: str, takes_part: bool
+) -> None:
+    """What the trunk has for b counts 3 and for c 1; a, if it takes part at once, counts 1 with its 9."""
+    updates, left = begun(variant, own={"b": {}, "c": {}}), factors(1.0, 4.0, trunk=True)
+    for client in "bc":
+        updates.take(client, 1, left if variant == "sflv2" else {}, factors(1.0, 0.0))
+    updates._devices.put("a", updates._devices.device(bottom_blocks=2))
+    if takes_part:
+        updates.take("a", 1, {}, {**factors(1.0, 9.0, trunk=True), **factors(1.0, 0.0)})
+    adapter, _ = updates.result(left)
+    mean = (3 * 4.0 + 4.0 + 9.0) / 5 if takes_part else 4.0
+    assert same(adapter, {**factors(1.0, mean, trunk=True), **factors(1.0, 0.0)})
+
+
 def test_a_late_update_counts_by_its_change(begun: MakeUpdates) -> None:
     """Late for round 1, from 0 to 5; round 2 starts from 1, and a goes to 3: 1 + 5 and 3, a mean of 4.5."""
     updates = begun()
