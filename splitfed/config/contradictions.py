@@ -41,9 +41,11 @@ def refuse_contradictions(
             "least_top_blocks, or denoise"
         )
     if federation.quorum < aggregation.least_updates:
+        bound = "agents" if federation.cohort is None else "cohort"
+        has_room = aggregation.least_updates <= getattr(federation, bound)
         raise ValueError(
             f"federation.quorum is {federation.quorum}, but aggregation.{aggregation.needs} needs "
-            f"{aggregation.least_updates} updates in every round; raise quorum"
+            f"{aggregation.least_updates} updates in every round; raise quorum{'' if has_room else f' and {bound}'}"
         )
     refuse_nothing_to_merge(federation, rule)
     if federation.late_updates == "merge":

@@ -111,8 +111,9 @@ class FederationSection(Section):
             )
         if self.late_updates == "merge" and not self._can_be_late:
             raise ValueError(
-                'late_updates = "merge" has nothing to merge: without straggler_margin or over_selection a round waits '
-                "for every agent that makes progress; set one of them, or leave late_updates out"
+                'late_updates = "merge" has nothing to merge: without straggler_margin, over_selection or a cohort '
+                "below all agents a round waits for every agent that makes progress; set one of them, or leave "
+                "late_updates out"
             )
         return self
 

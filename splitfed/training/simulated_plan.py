@@ -29,7 +29,7 @@ def federation_of(federation: FederationSection | None, clients: Collection[str]
     for key in ("agents", "population"):
         value = getattr(asked, key)
         if key in asked.model_fields_set and value not in (None, len(clients)):
-            raise ValueError(f"federation.{key} is {value}, but shards has {len(clients)}; leave {key} out.")
+            raise ValueError(f"federation.{key} is {value}, but shards has {len(clients)}; make it {len(clients)}.")
     for key in _OF_TIME:
         if getattr(asked, key) != FederationSection.model_fields[key].default:
             raise ValueError(

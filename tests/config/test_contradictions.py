@@ -29,15 +29,22 @@ def load(tmp_path: Path) -> Callable[[str], ServerConfig]:
     [
         (
             '[aggregation]\nrule = "multi-krum"\nbyzantine = 1',
-            "federation.quorum is 1, but aggregation.byzantine = 1 needs 5 updates in every round; raise quorum",
+            "federation.quorum is 1, but aggregation.byzantine = 1 needs 5 updates in every round; raise quorum and "
+            "agents",
         ),
         (
             '[federation]\nagents = 9\nquorum = 2\n[aggregation]\nrule = "median"',
             'federation.quorum is 2, but aggregation.rule = "median" needs 3 updates in every round; raise quorum',
         ),
         (
+            '[federation]\nagents = 9\ncohort = 2\n[aggregation]\nrule = "median"',
+            'federation.quorum is 1, but aggregation.rule = "median" needs 3 updates in every round; raise quorum and '
+            "cohort",
+        ),
+        (
             '[federation]\nagents = 9\nquorum = 9\n[aggregation]\nrule = "trimmed-mean"\ntrim = 0.1',
-            "federation.quorum is 9, but aggregation.trim = 0.1 needs 10 updates in every round; raise quorum",
+            "federation.quorum is 9, but aggregation.trim = 0.1 needs 10 updates in every round; raise quorum and "
+            "agents",
         ),
         (
             '[lora]\nleast_rank = 2\n[aggregation]\nrule = "median"',

@@ -67,7 +67,7 @@ def test_over_selection_is_refused_where_a_round_needs_all_that_it_asked(tmp_pat
 
 @pytest.mark.parametrize("keys", ["agents = 3", "agents = 3\nquorum = 2", "agents = 3\ncohort = 3"])
 def test_merging_late_updates_is_refused_where_none_can_be_late(tmp_path: Path, keys: str) -> None:
-    said = r'\[federation\] late_updates = "merge" has nothing to merge: without straggler_margin or over_selection a '
+    said = r'\[federation\] late_updates = "merge" has nothing to merge: without straggler_margin, over_selection or a '
     with pytest.raises(ConfigError, match=said):
         federation(tmp_path, f'{keys}\nlate_updates = "merge"', variant="sflv1")
 

@@ -103,11 +103,11 @@ def assert_same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) 
         ),
         (
             {"federation": FederationSection(agents=3)},
-            "federation.agents is 3, but shards has 2; leave agents out",
+            "federation.agents is 3, but shards has 2; make it 2",
         ),
         (
             {"federation": FederationSection(population=5)},
-            "federation.population is 5, but shards has 2; leave population out",
+            "federation.population is 5, but shards has 2; make it 2",
         ),
         (
             {"federation": FederationSection(agents=2, straggler_margin=3.0)},
