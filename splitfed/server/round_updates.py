@@ -135,7 +135,6 @@ class RoundUpdates:
                 would not hear later.
             ProtocolError: If it is no update of this round.
         """
-        self._go_by_who_holds_what()
         counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._contested
         of_trunk = {name: trunk[name] for name in counted}
         own_base = None
