@@ -106,8 +106,8 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest L2 norm of a step's gradients, over all segments; with noise on, of each side's; left out = none is
-    clipped."""
+    """Largest L2 norm of a step's gradients, over all segments; with noise on, of each segment's; left out = none
+    is clipped."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """FedProx's mu: how strongly local steps are held to what the round started from."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

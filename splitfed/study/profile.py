@@ -248,7 +248,7 @@ def tiny_step() -> None:
     prepare_process(1)
     trunk, hidden_BTD, gradient_BTD = _block(_NARROW, Workload(batch_size=1, tokens=8))
     trunk(hidden_BTD).backward(gradient_BTD)
-    StepOptimiser(adapter_parameters(trunk), TrainingSection()).step(0)
+    StepOptimiser(adapter_parameters(trunk), training=TrainingSection()).step(0)
 
 
 def _memory_bytes() -> int:

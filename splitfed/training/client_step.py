@@ -140,7 +140,7 @@ class ClientTrainer:
         self._loss = loss
         self._exchanges = exchanges
         self._bottom_trains = bool(adapter_parameters(bottom))
-        self.optimiser = StepOptimiser({**adapter_parameters(bottom), **adapter_parameters(top)}, training)
+        self.optimiser = StepOptimiser(adapter_parameters(bottom), adapter_parameters(top), training=training)
         self._per_example: PerExampleMechanism | None = releases.per_example if self.is_training else None
         self._layers = {} if self._per_example is None else {s.kind: PerExampleLayers(s) for s in (bottom, top)}
 
@@ -254,7 +254,7 @@ class ClientTrainer:
 
     @property
     def _takes_one_norm(self) -> bool:
-        """Gradients are clipped by one norm over all segments; with noise on, by one norm on each side."""
+        """Gradients are clipped by one norm over all segments; with noise on, each segment's by its own."""
         return self._training.max_grad_norm is not None and not self.releases.is_noisy
 
     def _step_in_run(self, round: int, step: int) -> int:

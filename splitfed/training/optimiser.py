@@ -1,7 +1,7 @@
 """AdamW under one schedule that covers the whole run, with a state that is nothing but named tensors."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,18 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class StepOptimiser:
-    """Optimiser of one segment's adapter, for one client, over all rounds.
+    """Optimiser of the adapters of a client's segments, or of the trunk's, over all rounds.
 
     The learning rate is a function of the step's index in the run, so rounds, restarts and machines agree on it.
 
     Args:
-        parameters: Trained parameters by whole-model name. May be empty: then every call does nothing.
+        segments: Each segment's trained parameters, by whole-model name. May be empty: then every call does nothing.
         training: Learning rate, weight decay, warm-up and schedule.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], training: TrainingSection) -> None:
-        self._parameters = dict(parameters)
+    def __init__(self, *segments: Mapping[str, nn.Parameter], training: TrainingSection) -> None:
+        self._segments = [list(segment.values()) for segment in segments]
+        self._parameters = {name: parameter for segment in segments for name, parameter in segment.items()}
         self._learning_rate = training.learning_rate
         self._multiplier = _schedule(training)
         self._max_grad_norm = training.max_grad_norm
@@ -41,16 +42,15 @@ class StepOptimiser:
         Args:
             step_in_run: Local steps before this one in all rounds, from 0.
             rate: The learning rate is multiplied by this.
-            squared_norm: Squared norm that ``max_grad_norm`` bounds, where other segments count too; left out = that of
-                these gradients.
+            squared_norm: Squared norm that ``max_grad_norm`` bounds, of all segments together; left out = each
+                segment's own.
         """
         if self._adamw is None:
             return
         if self._max_grad_norm is not None:
-            total_norm = math.sqrt(self.squared_norm() if squared_norm is None else squared_norm)
-            nn.utils.clip_grads_with_norm_(
-                self._parameters.values(), self._max_grad_norm, torch.tensor(total_norm), foreach=False
-            )
+            for segment in self._segments:
+                norm = math.sqrt(_squared_norm(segment) if squared_norm is None else squared_norm)
+                nn.utils.clip_grads_with_norm_(segment, self._max_grad_norm, torch.tensor(norm), foreach=False)
         for group in self._adamw.param_groups:
             group["lr"] = self._learning_rate * self._multiplier(step_in_run) * rate
         self._adamw.step()
@@ -58,8 +58,7 @@ class StepOptimiser:
 
     def squared_norm(self) -> float:
         """Give the squared L2 norm of all gradients that were gathered."""
-        found = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-        return sum(gradient.double().square().sum().item() for gradient in found)
+        return _squared_norm(self._parameters.values())
 
     def hold_to(self, start: Mapping[str, Tensor]) -> None:
         """Note what a round starts from, by whole-model name, for the proximal term."""
@@ -162,3 +161,8 @@ def without(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Te
         names: Whole-model names.
     """
     return {key: moment for key, moment in state.items() if key.rpartition("/")[0] not in names}
+
+
+def _squared_norm(parameters: Iterable[nn.Parameter]) -> float:
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return sum(gradient.double().square().sum().item() for gradient in found)

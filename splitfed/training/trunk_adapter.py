@@ -45,7 +45,7 @@ class TrunkAdapter:
             name: nn.Parameter(tensor.detach().clone().to(device), requires_grad=trained is None or name in trained)
             for name, tensor in state.items()
         }
-        self._optimiser = StepOptimiser(self._parameters, training)
+        self._optimiser = StepOptimiser(self._parameters, training=training)
         self._optimiser.load(optimiser)
         self._optimiser.hold_to(self._parameters)
         self._version_tensors: dict[str, Tensor] | None = None

@@ -97,7 +97,7 @@ def test_the_trained_factors_gradients_are_those_of_training_both(trunk: Trunk, 
 
 def test_an_optimiser_leaves_a_frozen_factor_alone_whatever_it_had_gathered(trunk: Trunk) -> None:
     before = adapter_state(trunk)
-    optimiser = StepOptimiser(adapter_parameters(trunk), TrainingSection(weight_decay=0.1, learning_rate=0.1))
+    optimiser = StepOptimiser(adapter_parameters(trunk), training=TrainingSection(weight_decay=0.1, learning_rate=0.1))
     trunk(torch.randn(2, 5, 32)).sum().backward()
     set_trained_factors(trunk, {"B"})
     trunk(torch.randn(2, 5, 32)).sum().backward()

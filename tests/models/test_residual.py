@@ -128,7 +128,7 @@ def test_a_residual_never_trains() -> None:
     trunk = trunk_with()
     residual = some_residual(trunk)
     load_residual(trunk, residual)
-    optimiser = StepOptimiser(adapter_parameters(trunk), TrainingSection(learning_rate=0.1, weight_decay=0.1))
+    optimiser = StepOptimiser(adapter_parameters(trunk), training=TrainingSection(learning_rate=0.1, weight_decay=0.1))
     before = adapter_state(trunk)
     for step in range(2):  # B moves in the first, A in the second
         trunk(torch.randn(2, 5, 32)).sum().backward()

@@ -465,7 +465,7 @@ class Norms(RecordingLink):
         return super().step(step, squared_norm=squared_norm)
 
 
-def test_one_norm_is_taken_over_all_segments_and_with_noise_on_each_side_has_its_own(ledger: Ledger) -> None:
+def test_one_norm_is_taken_over_all_segments_and_with_noise_on_each_has_its_own(ledger: Ledger) -> None:
     """AdamW's first moment after one step is a tenth of the gradient that it saw."""
     limit = 1e-4
     norms = {}
@@ -473,14 +473,21 @@ def test_one_norm_is_taken_over_all_segments_and_with_noise_on_each_side_has_its
         client = split_client(gate, training=TRAINING.model_copy(update={"max_grad_norm": limit}))
         link = Norms(client.link.inner)
         client.trainer.step(link, TEXTS, round=1, step=0)
-        sides = (client.trainer.optimiser.state(), client.trunk.result("a")[1])
-        moments = [torch.cat([m.flatten() for key, m in side.items() if key.endswith("exp_avg")]) for side in sides]
+        ends, trunk = client.trainer.optimiser.state(), client.trunk.result("a")[1]
+        bottom = {
+            key: m for key, m in ends.items() if key.rpartition("/")[0] in adapter_parameters(client.trainer.bottom)
+        }
+        top = {key: m for key, m in ends.items() if key not in bottom}
+        moments = [
+            torch.cat([m.flatten() for key, m in segment.items() if key.endswith("exp_avg")])
+            for segment in (bottom, trunk, top)
+        ]
         norms[name] = (link.said, *[10 * moment.norm().item() for moment in moments])
     said, *apart = norms["off"]
     assert said is not None
     assert said > limit**2
     assert math.hypot(*apart) == pytest.approx(limit, rel=0.02)
-    assert norms["on"] == (None, pytest.approx(limit, rel=0.02), pytest.approx(limit, rel=0.02))
+    assert norms["on"] == (None, *[pytest.approx(limit, rel=0.02)] * 3)
 
 
 # Gradients that are merged at every step

@@ -46,7 +46,7 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
 def test_every_step_is_that_of_adamw_under_transformers_schedule(schedule: str, warmup_steps: int) -> None:
     training = settings(schedule, warmup_steps=warmup_steps)
     ours, theirs = parameters(), parameters()
-    optimiser = StepOptimiser(ours, training)
+    optimiser = StepOptimiser(ours, training=training)
     adamw = torch.optim.AdamW(theirs.values(), lr=3e-2, weight_decay=0.1)
     scheduler = get_scheduler(schedule, adamw, num_warmup_steps=warmup_steps, num_training_steps=STEPS)
     for step in range(STEPS):
@@ -60,7 +60,7 @@ def test_every_step_is_that_of_adamw_under_transformers_schedule(schedule: str, 
 
 def test_a_state_taken_up_elsewhere_continues_to_the_bit() -> None:
     undisturbed, first_half = parameters(), parameters()
-    whole_run, before = StepOptimiser(undisturbed, settings()), StepOptimiser(first_half, settings())
+    whole_run, before = StepOptimiser(undisturbed, training=settings()), StepOptimiser(first_half, training=settings())
     for step in range(STEPS):
         set_gradients(undisturbed, step)
         whole_run.step(step)
@@ -68,7 +68,7 @@ def test_a_state_taken_up_elsewhere_continues_to_the_bit() -> None:
         set_gradients(first_half, step)
         before.step(step)
     second_half = {name: nn.Parameter(value) for name, value in values(first_half).items()}
-    after = StepOptimiser(second_half, settings())
+    after = StepOptimiser(second_half, training=settings())
     after.load(before.state())
     for step in range(STEPS // 2, STEPS):
         set_gradients(second_half, step)
@@ -79,7 +79,7 @@ def test_a_state_taken_up_elsewhere_continues_to_the_bit() -> None:
 
 def test_a_state_is_a_copy_on_both_sides() -> None:
     named = parameters()
-    optimiser = StepOptimiser(named, settings())
+    optimiser = StepOptimiser(named, training=settings())
     set_gradients(named, 0)
     optimiser.step(0)
     taken = optimiser.state()
@@ -96,7 +96,7 @@ def test_a_state_is_a_copy_on_both_sides() -> None:
 
 def test_there_is_no_state_before_the_first_step_and_an_empty_one_starts_afresh() -> None:
     fresh, used = parameters(), parameters()
-    optimiser = StepOptimiser(used, settings())
+    optimiser = StepOptimiser(used, training=settings())
     assert optimiser.state() == {}
     set_gradients(used, 7)
     optimiser.step(0)
@@ -109,7 +109,7 @@ def test_there_is_no_state_before_the_first_step_and_an_empty_one_starts_afresh(
     set_gradients(used, 1)
     set_gradients(fresh, 1)
     optimiser.step(1)
-    StepOptimiser(fresh, settings()).step(1)
+    StepOptimiser(fresh, training=settings()).step(1)
     assert_same_bits(values(used), values(fresh))
 
 
@@ -123,7 +123,7 @@ def test_there_is_no_state_before_the_first_step_and_an_empty_one_starts_afresh(
 )
 def test_a_state_of_another_adapter_is_refused_and_changes_nothing(name: str, tensor: Tensor | None) -> None:
     named = parameters()
-    optimiser = StepOptimiser(named, settings())
+    optimiser = StepOptimiser(named, training=settings())
     set_gradients(named, 0)
     optimiser.step(0)
     before, foreign = optimiser.state(), optimiser.state()
@@ -137,7 +137,7 @@ def test_a_state_of_another_adapter_is_refused_and_changes_nothing(name: str, te
 
 
 def test_without_parameters_every_call_does_nothing_and_a_state_is_still_foreign() -> None:
-    optimiser = StepOptimiser({}, settings())
+    optimiser = StepOptimiser({}, training=settings())
     optimiser.step(0)
     optimiser.clear_gradients()
     optimiser.load({})
@@ -152,7 +152,7 @@ def test_the_learning_rate_is_a_function_of_the_step_in_the_run_only() -> None:
     moved = {}
     for order in ([0, 3, 5], [5, 3, 0], [3, 3, 0, 5]):
         named = parameters()
-        optimiser = StepOptimiser(named, training)
+        optimiser = StepOptimiser(named, training=training)
         for step in order:
             optimiser.load({})
             before = values(named)["a.lora_A.weight"]
@@ -167,7 +167,7 @@ def test_the_learning_rate_is_a_function_of_the_step_in_the_run_only() -> None:
 
 def test_gradients_are_cleared_by_a_step_and_on_request() -> None:
     named = parameters()
-    optimiser = StepOptimiser(named, settings())
+    optimiser = StepOptimiser(named, training=settings())
     set_gradients(named, 0)
     optimiser.step(0)
     assert [parameter.grad for parameter in named.values()] == [None, None]
@@ -181,16 +181,16 @@ def test_given_gradients_take_the_place_of_those_that_autograd_gathered() -> Non
     set_gradients(theirs, 1)
     given = {name: parameter.grad.double() for name, parameter in theirs.items() if parameter.grad is not None}
     set_gradients(ours, 0)
-    optimiser = StepOptimiser(ours, settings())
+    optimiser = StepOptimiser(ours, training=settings())
     optimiser.set_gradients(given)
     optimiser.step(2)
-    StepOptimiser(theirs, settings()).step(2)
+    StepOptimiser(theirs, training=settings()).step(2)
     assert_same_bits(values(ours), values(theirs))
 
 
 def test_moments_of_some_parameters_can_be_left_out_and_the_others_go_on() -> None:
     named = parameters()
-    optimiser = StepOptimiser(named, settings())
+    optimiser = StepOptimiser(named, training=settings())
     set_gradients(named, 0)
     optimiser.step(0)
     kept = without(optimiser.state(), {"a.lora_A.weight"})
@@ -205,7 +205,7 @@ def test_moments_of_some_parameters_can_be_left_out_and_the_others_go_on() -> No
 
 def test_the_proximal_term_pulls_to_what_the_round_started_from_and_counts_for_the_norm() -> None:
     named = parameters()
-    optimiser = StepOptimiser(named, settings(proximal=0.5))
+    optimiser = StepOptimiser(named, training=settings(proximal=0.5))
     optimiser.hold_to(values(named))
     moved, still = named["a.lora_A.weight"], named["a.lora_B.weight"]
     with torch.no_grad():
