@@ -61,6 +61,11 @@ class Devices:
         self._devices[client] = device
 
     @property
+    def allows_own_cuts(self) -> bool:
+        """An agent may be cut otherwise than the run is."""
+        return bool(self._blocks)
+
+    @property
     def contested(self) -> frozenset[str]:
         """Names that one agent trains itself, or keeps out of the trunk."""
         devices = self._devices.values() or [self.device()]

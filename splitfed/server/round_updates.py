@@ -147,7 +147,7 @@ class RoundUpdates:
                 self._held[client] = ends
             else:
                 given, turn = turn, self._add(client, {**of_trunk, **ends}, own_base, turn)
-                if self._variant.takes_turns:
+                if self._variant.takes_turns and self._devices.allows_own_cuts:
                     self._turns[client] = trunk, ends, given
         except UpdateRefused:
             raise
