@@ -148,6 +148,7 @@ class Daemon:
         ended = asyncio.create_task(self.coordinator.wait_for_end())
         stopped = asyncio.create_task(stop.wait())
         finished_s: float | None = None
+        awaited: list[str] = []
         try:
             while not ended.done() and not stopped.done():
                 await asyncio.wait({ended, stopped}, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -161,7 +162,12 @@ class Daemon:
                     return
                 if self.coordinator.rounds.phase is Phase.FINISHED:
                     now_s = asyncio.get_running_loop().time()
-                    finished_s = finished_s or now_s
+                    if finished_s is None:
+                        finished_s = now_s
+                    elif not awaited and (awaited := self.coordinator.unaware):
+                        _log.info(
+                            "waiting up to %.0f s for %s to hear that the run is over", _LAST_WORD_S, ", ".join(awaited)
+                        )
                     if now_s - finished_s > _LAST_WORD_S:
                         unaware = ", ".join(self.coordinator.unaware)
                         _log.warning("the run is over, and in %.0f s %s did not come to hear", _LAST_WORD_S, unaware)

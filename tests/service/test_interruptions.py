@@ -146,7 +146,8 @@ def test_an_agent_that_stops_and_comes_back_runs_its_round_again(
     assert_same(adapter(config), undisturbed)
 
 
-def test_the_round_goes_on_without_an_agent_that_stays_away(tmp_path: Path) -> None:
+def test_the_round_goes_on_without_an_agent_that_stays_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "splitfed.server")
     folder = tmp_path / "here"
     folder.mkdir()
     for name in NAMES:
@@ -158,6 +159,7 @@ def test_the_round_goes_on_without_an_agent_that_stays_away(tmp_path: Path) -> N
         with pytest.raises((ServerUnreachable, LinkError)):
             run_agent_here(agent_config(folder, "a", proxy.address, folder / "a.jsonl", retry_for_s=0))
         steady.result(120)
+        wait_until(lambda: "waiting up to 30 s for a to hear that the run is over" in caplog.text)
         proxy.close()
     lines = [json.loads(line) for line in (config.run.directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3]
