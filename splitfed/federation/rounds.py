@@ -56,7 +56,6 @@ class Rounds:
     _late: LateUpdates = field(default_factory=LateUpdates)
     _absences: Absences = field(default_factory=Absences)
     _absences_at_close: Absences = field(default_factory=Absences)
-    _now_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._members = Members(self.agents, self.population or self.agents)
@@ -107,7 +106,7 @@ class Rounds:
         """
         if self._round is None or not self._round.refused:
             return False
-        could_count = self._round.could_still_count(self._members.expected(now_s, self.timeout_s))
+        could_count = self._round.could_still_count(self._members.expected(self._look(now_s), self.timeout_s))
         return len(could_count) < self.policy.quorum <= len(could_count | self._round.refused.keys())
 
     @property
@@ -171,7 +170,7 @@ class Rounds:
 
     def restore(self, weights: dict[str, int], now_s: float) -> None:
         """Take up the members of a run that goes on; they count as here once they join again."""
-        self._members.restore(weights, now_s)
+        self._members.restore(weights, self._look(now_s))
 
     def can_join(self, client: str) -> bool:
         """Say whether there is room for this agent, or it is a member already."""
@@ -183,12 +182,13 @@ class Rounds:
         Raises:
             ValueError: If the run has its agents already, or this one left for good.
         """
-        self._members.join(client, weight, now_s)
+        watched_s = self._look(now_s)
+        self._members.join(client, weight, watched_s)
         self._late.give_up(client)
         if self._round is not None and client in self._round.asked:
-            self._round.asked[client].note(self._look(now_s), steps=0)  # it runs the round from its beginning
-        self._open_if_all_are_here(now_s)
-        self._ask(now_s)
+            self._round.asked[client].note(watched_s, steps=0)  # it runs the round from its beginning
+        self._open_if_all_are_here()
+        self._ask()
 
     def leave(self, client: str, now_s: float, *, for_good: bool) -> bool:
         """Note that a member goes of its own accord; that it leaves for good it cannot take back.
@@ -199,13 +199,13 @@ class Rounds:
         Returns:
             False if that was known already.
         """
-        if not self._members.leave(client, now_s, for_good=for_good):
+        if not self._members.leave(client, self._look(now_s), for_good=for_good):
             return False
         self._late.give_up(client)
         if self._round is not None:
             self._absences.left.add(client)
-        self._open_if_all_are_here(now_s)
-        self._ask(now_s)
+        self._open_if_all_are_here()
+        self._ask()
         return True
 
     def has_left(self, client: str) -> bool:
@@ -224,13 +224,13 @@ class Rounds:
             now_s: What the clock says.
             steps: Local steps that it has made in the round so far, where one was just made; 0 if it starts afresh.
         """
-        member = self._members[client]
+        member, watched_s = self._members[client], self._look(now_s)
         if member.has_left:
             return
-        member.last_progress_s, member.place = now_s, Place.HERE
+        member.last_progress_s, member.place = watched_s, Place.HERE
         if self._round is not None and client in self._round.asked:
-            self._round.asked[client].note(self._look(now_s), steps)
-        self._ask(now_s)
+            self._round.asked[client].note(watched_s, steps)
+        self._ask()
 
     def may_start(self, client: str) -> bool:
         """Say whether a member that is here is asked to take part in the open round, and it is its turn."""
@@ -285,8 +285,8 @@ class Rounds:
         self.progress(client, now_s)
         if client in self._round.submitted:
             return False
-        self._round.submit(client, self._look(now_s))
-        self._ask(now_s)
+        self._round.submit(client, self._clock.now_s)
+        self._ask()
         return True
 
     def refuse(self, client: str, round: int, why: str, now_s: float) -> None:
@@ -307,8 +307,8 @@ class Rounds:
         if round < self.current:
             self._late.refuse(client, why)
         elif self._round is not None:
-            self._round.refuse(client, why, self._look(now_s))
-        self._ask(now_s)
+            self._round.refuse(client, why, self._clock.now_s)
+        self._ask()
 
     def leave_out_silent(self, now_s: float) -> list[str]:
         """Leave out the members at work that were silent for too long.
@@ -318,19 +318,20 @@ class Rounds:
         Returns:
             Those that were left out by this call, in the order of names.
         """
+        watched_s = self._look(now_s)
         if self.phase is Phase.FINISHED or len(self._members) < self.agents:
             return []
         if self._round is None:
-            if self.joined >= self.policy.quorum and self._members.are_others_silent(now_s, self.timeout_s):
-                self._open(now_s)
+            if self.joined >= self.policy.quorum and self._members.are_others_silent(watched_s, self.timeout_s):
+                self._open()
             return []
         at_work = self._round.at_work(self._free()) | (self._late.waited_for.keys() & self._members.here)
-        silent = sorted(c for c in at_work if now_s - self._members[c].last_progress_s > self.timeout_s)
+        silent = sorted(c for c in at_work if watched_s - self._members[c].last_progress_s > self.timeout_s)
         for client in silent:
             self._members[client].place = Place.SILENT
             self._late.give_up(client)
         self._absences.silent.update(silent)
-        self._ask(now_s)
+        self._ask()
         return silent
 
     def cut_off_stragglers(self, now_s: float) -> list[str]:
@@ -339,10 +340,11 @@ class Rounds:
         Returns:
             Those that were cut off by this call, in the order of names.
         """
+        watched_s = self._look(now_s)
         if self._round is None:
             return []
-        late = self._round.cut_off_stragglers(self._free(), self._look(now_s))
-        self._ask(now_s)
+        late = self._round.cut_off_stragglers(self._free(), watched_s)
+        self._ask()
         return late
 
     def can_spare(self, client: str) -> bool:
@@ -367,7 +369,8 @@ class Rounds:
             self._members[client].place = Place.SILENT
         if not goes_on:
             self._absences.begun_again += 1
-            self._open(now_s)
+            self._look(now_s)
+            self._open()
         return goes_on
 
     def begin_again_where_it_must(self, now_s: float) -> bool:
@@ -379,7 +382,8 @@ class Rounds:
         if self._round is None or not self._round.needs_those_taken_out(self._free()):
             return False
         self._absences.begun_again += 1
-        self._open(now_s)
+        self._look(now_s)
+        self._open()
         return True
 
     def is_complete(self) -> bool:
@@ -429,32 +433,32 @@ class Rounds:
         self._late.begin_round()
         self._round = None
         if self.phase is not Phase.FINISHED:
-            self._open(self._now_s if now_s is None else now_s)
+            if now_s is not None:
+                self._look(now_s)
+            self._open()
         return self.committed
 
-    def _open_if_all_are_here(self, now_s: float) -> None:
+    def _open_if_all_are_here(self) -> None:
         """Open the first round once every agent is here, save those that left for good."""
         if self.phase is Phase.WAITING and self._members.are_all_here():
-            self._open(now_s)
+            self._open()
 
-    def _open(self, now_s: float) -> None:
+    def _open(self) -> None:
         self._round = OpenRound(self.current, self.policy)
-        self._note_start(self._round.open(self._free(), self._look(now_s)), now_s)
+        self._note_start(self._round.open(self._free(), self._clock.now_s))
 
-    def _ask(self, now_s: float) -> None:
-        now_watched_s = self._look(now_s)
+    def _ask(self) -> None:
         if self._round is not None:
-            self._note_start(self._round.ask(self._free(), now_watched_s), now_s)
+            self._note_start(self._round.ask(self._free(), self._clock.now_s))
 
-    def _note_start(self, started: list[str], now_s: float) -> None:
+    def _note_start(self, started: list[str]) -> None:
         """Wait for those that may start from now on, however long ago they were last heard of."""
         for client in started:
-            self._members[client].last_progress_s = max(now_s, self._members[client].last_progress_s)
+            self._members[client].last_progress_s = self._clock.now_s
 
     def _free(self) -> set[str]:
         """Give those that could take part in the open round: here, and done with an update of an earlier one."""
         return self._members.here - self._late.busy
 
     def _look(self, now_s: float) -> float:
-        self._now_s = now_s
         return self._clock.look(now_s)

@@ -16,7 +16,7 @@ from splitfed.proto.v1 import training_pb2
 from splitfed.server.contribution import Contribution
 from splitfed.server.sessions import Operation, TrainSession
 from splitfed.training.trunk_step import Applied
-from tests.server.test_coordinator import ENDS, TRUNK, Run
+from tests.server.test_coordinator import ENDS, TRUNK, Run, time_passes
 
 SEED = 3
 OpenRun = Callable[..., Run]
@@ -41,13 +41,6 @@ def open_run(tmp_path: Path) -> Iterator[OpenRun]:
 
 def cohort(clients: str, round: int, size: int) -> list[str]:
     return sorted(ranked(clients, seed=SEED, round=round)[:size])
-
-
-async def time_passes(run: Run, seconds: int) -> None:
-    """Let the clock go on, and the server look at it every second."""
-    for _ in range(seconds):
-        run.now_s += 1
-        await run.coordinator.tick()
 
 
 async def step(session: TrainSession, number: int) -> list[training_pb2.TrainReply]:

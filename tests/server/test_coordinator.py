@@ -106,6 +106,13 @@ class Run:
         self.store.adapter_folder(round).mkdir(parents=True, exist_ok=True)
 
 
+async def time_passes(run: Run, seconds: float) -> None:
+    """Let the clock go on, and the server look at it every second."""
+    for _ in range(int(seconds)):
+        run.now_s += 1
+        await run.coordinator.tick()
+
+
 async def watched(run: Run, client: str) -> list[tuple[Phase, int, bool]]:
     """Watch a run until there is nothing more to see."""
     return [view async for view in run.coordinator.watch(client)]
@@ -332,14 +339,25 @@ async def test_a_resumed_run_goes_on_with_what_its_rule_keeps_from_round_to_roun
 async def test_a_round_goes_on_without_a_silent_member(run: Run) -> None:
     await run.join("a", "b")
     await run.train("a")
-    run.now_s = TIMEOUT_S
+    await time_passes(run, TIMEOUT_S)
     await run.submit("a")
     await run.coordinator.tick()
     assert run.coordinator.rounds.current == 1
-    run.now_s = TIMEOUT_S + 0.1
-    await run.coordinator.tick()
+    await time_passes(run, 1)
     assert run.coordinator.rounds.current == 2
     assert list(run.metrics()[0]["agents"]) == ["a"]
+
+
+async def test_a_server_that_stood_still_takes_nobody_for_silent(run: Run) -> None:
+    await run.join("a", "b")
+    await run.train("a")
+    await run.submit("a")
+    run.now_s += 3600
+    await run.coordinator.tick()
+    assert run.coordinator.rounds.working == ["b"]
+    await time_passes(run, TIMEOUT_S)
+    assert run.coordinator.rounds.current == 2
+    assert run.metrics()[0]["silent"] == ["b"]
 
 
 async def test_every_request_keeps_a_member_in_the_round(run: Run) -> None:
@@ -348,7 +366,7 @@ async def test_every_request_keeps_a_member_in_the_round(run: Run) -> None:
     await run.submit("a")
     session = await run.coordinator.open_session("b", 1, b"")
     for step in range(STEPS):
-        run.now_s += TIMEOUT_S
+        await time_passes(run, TIMEOUT_S)
         request = training_pb2.TrainRequest(number=step, step=training_pb2.Step(step=step))
         await session.answer(Operation(request, session.codecs, session.limits))
         await run.coordinator.tick()
@@ -362,7 +380,8 @@ async def test_a_member_that_comes_back_while_the_round_is_written_joins_the_nex
     await run.train("a")
     run.may_write.clear()
     await run.submit("a")
-    run.now_s = TIMEOUT_S + 1
+    await time_passes(run, TIMEOUT_S)
+    run.now_s += 1
     ticking = asyncio.create_task(run.coordinator.tick())
     assert await asyncio.to_thread(run.is_writing.wait, 20)
     await run.join("b")
@@ -513,8 +532,7 @@ async def test_a_run_that_nobody_is_left_in_says_that_it_waits(run: Run, caplog:
     await run.coordinator.leave("a", for_good=True)
     await run.coordinator.leave("b")
     assert "nobody is here; the run waits for an agent to come back" in caplog.text
-    run.now_s = 10 * TIMEOUT_S
-    await run.coordinator.tick()
+    await time_passes(run, 10 * TIMEOUT_S)
     assert not run.coordinator.rounds.is_abandoned
     await run.join("b")
     await run.finish_round("b")

@@ -22,7 +22,7 @@ from splitfed.server.sessions import Operation, TrainSession
 from splitfed.server.trunk_round import staleness_of
 from splitfed.training.trunk_step import Applied
 from splitfed.transport.tensors import to_messages
-from tests.server.test_coordinator import ENDS, STEPS, TIMEOUT_S, TRUNK, Run
+from tests.server.test_coordinator import ENDS, STEPS, TIMEOUT_S, TRUNK, Run, time_passes
 
 SEED = 3
 VARIANTS = ["sflv1", "sflv2", "parallel", "async"]
@@ -81,12 +81,6 @@ async def asked(call: Awaitable[Any]) -> asyncio.Future[Any]:
 async def step_together(sessions: dict[str, TrainSession], *numbers: int) -> None:
     for number in numbers:
         await asyncio.gather(*[step(session, number) for session in sessions.values()])
-
-
-async def time_passes(run: Run, seconds: int) -> None:
-    for _ in range(seconds):
-        run.now_s += 1
-        await run.coordinator.tick()
 
 
 async def submit(run: Run, *clients: str, value: float = 1.0) -> None:
