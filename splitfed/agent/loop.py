@@ -137,7 +137,9 @@ class Agent:
             if what == "round_opened" and opened.is_selected and not opened.is_submitted:
                 return opened
             if what == "round_opened" and not opened.is_submitted:
-                _log.info("round %d of %d: not asked yet", opened.round, opened.rounds)
+                takes_turns = variant_of(prepared.run.federation.variant).takes_turns
+                waits = "not its turn yet" if takes_turns else "not asked yet"
+                _log.info("round %d of %d: %s", opened.round, opened.rounds, waits)
             if what == "waiting":
                 _log.info("waiting for agents (%d of %d here)", event.waiting.joined, event.waiting.agents)
             if what == "draining":

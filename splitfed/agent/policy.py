@@ -102,7 +102,7 @@ def _refuse_open_channels(policy: AgentPrivacySection, privacy: PrivacySection, 
             if policy.protected_channels is None:
                 raise JoinRefused(
                     f"{sends}, and nothing in this agent's [privacy] allows that; ask for another protection in the "
-                    "run, or name there the protected_channels that are to be enough."
+                    "run, or name there the protected_channels that are to be enough (none: protected_channels = [])."
                 )
             raise JoinRefused(
                 f"{sends}, but this device's owner insists on its protection (protected_channels); ask for another one "

@@ -97,6 +97,8 @@ class Rounds:
         """Where the run stands, for a sentence."""
         if self.phase is Phase.FINISHED:
             return f"the run is over, after {self.rounds} rounds"
+        if self.phase is Phase.WAITING:
+            return f"the run waits for agents before it opens round {self.current}"
         return f"the run is at round {self.current} ({self.phase.value})"
 
     def has_refused_too_many(self, now_s: float) -> bool:

@@ -112,9 +112,10 @@ class RoundSessions:
         """Say why a round is over for a client."""
         rounds = self._rounds
         if rounds.has_missed(client, round):
+            is_last = round == rounds.rounds
+            goes_on = "and it was the last round" if is_last else "and it starts again in the next one that asks for it"
             return RoundLost(
-                f"Round {round} was closed without {client!r}, which was late; its update is dropped, and it starts "
-                "again in the next round that it is asked for."
+                f"Round {round} was closed without {client!r}, which was late; its update is dropped, {goes_on}."
             )
         if rounds.phase is Phase.OPEN and round == rounds.current:
             return RoundLost(f"Round {round} goes on without this session of {client!r}; wait until it is asked again.")

@@ -180,7 +180,7 @@ async def test_a_dropped_straggler_hears_why_and_takes_part_in_the_next_round(op
     slow = await leave_d_behind(run)
     assert slow.slot not in run.engine.states
     asked = len(run.engine.calls)
-    why = "Round 1 was closed without 'd', which was late; its update is dropped"
+    why = "Round 1 was closed without 'd', which was late; its update is dropped, and it starts again in the next one"
     with pytest.raises(RoundLost, match=why):
         await step(slow, 1)
     for call in (submit(run, "d", 1, 1.0), run.coordinator.open_session("d", 1, slow.token)):
@@ -191,6 +191,13 @@ async def test_a_dropped_straggler_hears_why_and_takes_part_in_the_next_round(op
     await run.finish_round(*"abcd")
     assert list(run.metrics()[1]["agents"]) == ["a", "b", "c", "d"]
     assert run.coordinator.last_counted("d") == 2
+
+
+async def test_a_straggler_of_the_last_round_hears_that_there_is_no_other(open_run: OpenRun) -> None:
+    run = open_run(agents=4, straggler_margin=3, rounds=1)
+    slow = await leave_d_behind(run)
+    with pytest.raises(RoundLost, match="which was late; its update is dropped, and it was the last round"):
+        await step(slow, 1)
 
 
 async def test_an_operation_whose_slot_is_emptied_meanwhile_ends_with_the_round_and_not_with_the_agent(

@@ -98,7 +98,7 @@ async def test_a_session_of_a_round_that_is_not_open_is_refused(members: Members
 
 async def test_no_session_opens_while_the_run_waits(members: Members) -> None:
     members.join("a")
-    with pytest.raises(RoundLost, match=r"round 1 \(waiting\)"):
+    with pytest.raises(RoundLost, match="waits for agents before it opens round 1"):
         await members.sessions.open("a", 1, b"")
 
 
