@@ -180,8 +180,8 @@ class OpenRound:
         return (here & started) - self.submitted - self.refused.keys() - self._out
 
     def could_still_count(self, clients: set[str]) -> set[str]:
-        """Give whose update is here, or could be if all of these came."""
-        return self.submitted | (clients - self.refused.keys() - self._out)
+        """Give whose update is here, or could be if all of these came and it began again where it must."""
+        return self.submitted | (clients - self.refused.keys())
 
     def _next_needed(self, here: set[str]) -> str | None:
         """Give the next in the ranking, if there is one and it is needed."""

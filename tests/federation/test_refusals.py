@@ -99,11 +99,25 @@ def test_a_quorum_that_lacks_more_than_the_refused_is_waited_for() -> None:
     assert machine.has_refused_too_many(101)
 
 
-def test_one_that_lost_its_place_in_the_round_makes_no_quorum_any_more() -> None:
+def test_one_that_lost_its_place_can_make_the_quorum_when_the_round_begins_again() -> None:
     machine = rounds_of("abc", quorum=2)
     assert machine.take_out("a", 1)
     machine.refuse("b", 1, LONG, now_s=2)
-    assert machine.has_refused_too_many(2)
+    assert not machine.has_refused_too_many(2)
+    assert machine.begin_again_where_it_must(2)
+    assert machine.working == ["a", "b", "c"]
+
+
+def test_too_many_are_refused_where_beginning_again_would_make_no_quorum_either() -> None:
+    machine = rounds_of("abcde", quorum=4)
+    assert machine.take_out("a", 1)
+    machine.refuse("b", 1, LONG, now_s=2)
+    assert not machine.has_refused_too_many(2)
+    machine.leave("c", 3, for_good=True)
+    for client in "de":
+        machine.submit(client, 1, now_s=4)
+    assert not machine.begin_again_where_it_must(4)
+    assert machine.has_refused_too_many(4)
 
 
 def test_a_round_that_begins_again_has_refused_nobody_and_says_that_it_did() -> None:
