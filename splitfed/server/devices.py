@@ -67,8 +67,8 @@ class Devices:
 
     @property
     def contested(self) -> frozenset[str]:
-        """Names that one agent trains itself, or keeps out of the trunk."""
-        devices = self._devices.values() or [self.device()]
+        """Names that some agent trains itself for the run. May be asked in any thread: agents join meanwhile."""
+        devices = list(self._devices.values()) or [self.device()]
         return frozenset(name for device in devices for name in device.shared)
 
     def device(

@@ -99,10 +99,10 @@ class RoundUpdates:
         return {**own, **{f"{RESIDUAL}{name}": residual[name] for name in own if residual}}
 
     def still_true(self, optimiser: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Leave out the moments of tensors that this round's end replaces, while it is known who holds what."""
+        """Leave out the moments of tensors that the last result replaces."""
         if not self._rule.renews_factors:
             return optimiser
-        return {} if self._variant.averages_trunk else without(optimiser, self._devices.contested)
+        return {} if self._variant.averages_trunk else without(optimiser, self._contested)
 
     def shapes(self, client: str, round: int) -> dict[str, tuple[int, ...]]:
         """Say what an agent's update of a round holds: the shape of each tensor that was trained in it."""
@@ -204,9 +204,10 @@ class RoundUpdates:
 
     def _go_by_who_holds_what(self) -> None:
         """Count turns anew if an agent that has joined since holds what was the trunk's alone, or does so no more."""
-        if self._contested == self._devices.contested:
+        contested = self._devices.contested
+        if contested == self._contested:
             return
-        self._contested, self._added = self._devices.contested, self._added - self._turns.keys()
+        self._contested, self._added = contested, self._added - self._turns.keys()
         if self._turns:
             self._aggregator.begin(self._base, self._round)
         for client, (trunk, ends, turn) in self._turns.items():

@@ -4,7 +4,7 @@ import pytest
 
 from splitfed.config import LoraSection, ModelSection, RunConfig, RunIdentity
 from splitfed.errors import JoinRefused
-from splitfed.server.devices import Devices
+from splitfed.server.devices import Device, Devices
 
 BOTTOM_A, BOTTOM_B = "model.layers.0.q.lora_A.weight", "model.layers.0.q.lora_B.weight"
 TRUNK_B = "model.layers.1.q.lora_B.weight"
@@ -57,3 +57,17 @@ def test_an_agent_that_leaves_the_trunk_no_block_hears_that_it_keeps_one(devices
         devices.device(bottom_blocks=3)
     with pytest.raises(JoinRefused, match=r"do not fit this run, whose server runs blocks 1 to 2 of 4; hold others"):
         devices.device(bottom_blocks=0)
+
+
+def test_an_agent_may_join_while_a_worker_looks_at_what_is_contested(devices: Devices) -> None:
+    class Joining(Device):
+        """A device that another one joins after while it is looked at."""
+
+        @property
+        def shared(self) -> dict[str, tuple[int, ...]]:
+            devices.put("b", devices.device())
+            return super().shared
+
+    devices.put("a", Joining(None, 4, {BOTTOM_B: (6, 4)}))
+    assert devices.contested == {BOTTOM_B}
+    assert TRUNK_B in devices.contested

@@ -225,6 +225,19 @@ def test_moments_of_replaced_factors_are_forgotten(
     assert begun(variant, lora=lora).still_true(moments).keys() == still
 
 
+def test_one_that_joins_while_a_rounds_end_is_written_changes_nothing_about_the_moments_that_are_kept(
+    begun: MakeUpdates,
+) -> None:
+    """The trunk's adapter is not replaced: nobody held that block when the result was worked out."""
+    updates, left = begun("parallel", lora="flexlora", own={"b": {}}), factors(1.0, 9.0, trunk=True)
+    updates.take("b", 1, {}, factors(1.0, 1.0))
+    adapter, _ = updates.result(left)
+    assert torch.equal(adapter[TRUNK_B], left[TRUNK_B])
+    updates._devices.put("a", updates._devices.device(bottom_blocks=2))
+    moments = {f"{TRUNK_A}/m": torch.ones(1), f"{B}/m": torch.ones(1)}
+    assert updates.still_true(moments).keys() == {f"{TRUNK_A}/m"}
+
+
 def test_a_run_in_which_nobody_trains_anything_but_the_shared_trunk_keeps_its_ends(begun: MakeUpdates) -> None:
     updates = begun("parallel", state=RunState(0, START.trunk, {}))
     updates.take("a", 1, {}, {})
