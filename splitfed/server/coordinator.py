@@ -20,6 +20,7 @@ from splitfed.server.devices import Device, Devices, shapes_of
 from splitfed.server.engine import Engine
 from splitfed.server.member_session import MemberSession
 from splitfed.server.membership import Membership
+from splitfed.server.outlast import outlasting
 from splitfed.server.round_figures import RoundFigures
 from splitfed.server.round_policy import LONGEST_LOOK_S, round_policy
 from splitfed.server.round_sessions import RoundSessions
@@ -208,7 +209,7 @@ class Coordinator:
         session = self._sessions.give_up(client)
         await self._watchers.tell()
         if session is not None:
-            await asyncio.shield(self._engine.empty(session.slot))  # even if the agent no longer waits for an answer
+            await outlasting(self._engine.empty(session.slot))  # even if the agent no longer waits for an answer
 
     def check_member(self, client: str, agent_id: bytes) -> None:
         """Check that a call comes from the agent that joined under this name.
@@ -249,7 +250,7 @@ class Coordinator:
         Raises:
             RoundLost: If that round is not open, goes on without this client, or the session is not known.
         """
-        return await asyncio.shield(self._open_session(client, round, token))
+        return await outlasting(self._open_session(client, round, token))
 
     def is_current(self, session: TrainSession) -> bool:
         """Say whether a session is still its client's own."""
@@ -271,7 +272,7 @@ class Coordinator:
             ServerUnreachable: If the round cannot be written; the server ends then.
             ProtocolError: If the client has not run all local steps.
         """
-        return await asyncio.shield(self._submit(client, round, ends, contribution))
+        return await outlasting(self._submit(client, round, ends, contribution))
 
     async def mean_gradient(
         self, client: str, round: int, step: int, gradients: Mapping[str, Tensor], *, tokens: int

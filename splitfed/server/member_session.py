@@ -9,6 +9,7 @@ from torch import Tensor
 
 from splitfed.errors import ProtocolError, RoundLost, SplitFedError
 from splitfed.proto.v1 import training_pb2
+from splitfed.server.outlast import outlasting
 from splitfed.server.sessions import Operation, TrainSession
 from splitfed.training.together import TrunkCalls
 
@@ -65,7 +66,7 @@ class MemberSession(TrainSession):
             raise ProtocolError(f"The gradients of {self.client!r} are not finite; lower the learning rate.")
         with self._while_it_is_waited_for():
             mean = self._trunk().mean_gradient(self.slot, step, gradients, tokens=tokens)
-            return await asyncio.shield(asyncio.wrap_future(mean))
+            return await outlasting(asyncio.wrap_future(mean))
 
     def _trunk(self) -> TrunkCalls:
         if (error := self.why_over()) is not None:

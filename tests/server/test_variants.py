@@ -1,6 +1,7 @@
 """Variants under failure, on a clock that the tests hold: who waits for whom, who goes, and what counts how often."""
 
 import asyncio
+import gc
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -538,6 +539,25 @@ async def test_a_gradient_that_is_sent_again_after_a_lost_answer_is_counted_once
         again = await waiting
     assert torch.equal(again[ENDS], torch.full((3,), 6.0))
     assert torch.equal(others[ENDS], again[ENDS])
+
+
+async def test_a_call_that_broke_before_its_round_went_on_without_the_agent_is_no_error_of_the_server(
+    open_run: OpenRun,
+) -> None:
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    run = open_run(agents=2, merge_ends="step")
+    await start(run, *"ab")
+    broken = await asked(mean(run, "a", 8.0))
+    broken.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await broken
+    await run.coordinator.leave("a")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    del broken
+    gc.collect()
+    assert complaints == []
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 from splitfed.errors import ProtocolError, RoundLost, ServerUnreachable, SplitFedError
 from splitfed.proto.v1 import training_pb2, training_pb2_grpc
 from splitfed.server.coordinator import Coordinator
+from splitfed.server.outlast import outlasting
 from splitfed.server.services.identity import Identity
 from splitfed.server.sessions import Operation, TrainSession
 from splitfed.transport.counting import framed_bytes
@@ -39,7 +40,7 @@ class TrainingService(training_pb2_grpc.TrainingServicer):
                     raise operation
                 # The operation ends even if the stream does: its answer is then there for the next stream.
                 since_s = time.perf_counter()
-                replies = await asyncio.shield(session.answer(operation))
+                replies = await outlasting(session.answer(operation))
                 self._coordinator.figures.count_seconds(session.client, time.perf_counter() - since_s)
                 for reply in replies:
                     self._coordinator.figures.count_bytes(session.client, down=framed_bytes(reply))
