@@ -47,7 +47,7 @@ class OpenRound:
         policy: Who is asked, and when it is over.
         asked: Who was asked to take part, with its pace.
         submitted: Whose update is here.
-        refused: Whose update was refused, and why: their part in this round is over.
+        refused: Whose update was refused, and why: their part in this round is over, even if it begins again.
         replaced: Who was asked because whom had gone.
         is_closed: It takes no more updates.
     """
@@ -81,7 +81,7 @@ class OpenRound:
         if self.policy.takes_turns:
             started = self._next_turn(here)
         else:
-            started = [client for client, pace in self.asked.items() if pace.started_s is None]
+            started = [c for c, pace in self.asked.items() if pace.started_s is None and c not in self.refused]
         for client in started:
             self.asked[client].start(now_s)
         return started

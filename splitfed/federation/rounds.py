@@ -1,7 +1,9 @@
 """When a round opens, who is in it, and when it is over: a pure state machine, with the clock passed in."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 
 from splitfed.federation.absences import Absences
 from splitfed.federation.late import LateUpdates
@@ -370,9 +372,8 @@ class Rounds:
         if is_silent:
             self._members[client].place = Place.SILENT
         if not goes_on:
-            self._absences.begun_again += 1
             self._look(now_s)
-            self._open()
+            self._begin_again(self._round)
         return goes_on
 
     def begin_again_where_it_must(self, now_s: float) -> bool:
@@ -383,9 +384,8 @@ class Rounds:
         """
         if self._round is None or not self._round.needs_those_taken_out(self._free()):
             return False
-        self._absences.begun_again += 1
         self._look(now_s)
-        self._open()
+        self._begin_again(self._round)
         return True
 
     def is_complete(self) -> bool:
@@ -445,8 +445,12 @@ class Rounds:
         if self.phase is Phase.WAITING and self._members.are_all_here():
             self._open()
 
-    def _open(self) -> None:
-        self._round = OpenRound(self.current, self.policy)
+    def _begin_again(self, round: OpenRound) -> None:
+        self._absences.begun_again += 1
+        self._open(refused=round.refused)
+
+    def _open(self, *, refused: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._round = OpenRound(self.current, self.policy, refused=dict(refused))
         self._note_start(self._round.open(self._free(), self._clock.now_s))
 
     def _ask(self) -> None:

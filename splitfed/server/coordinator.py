@@ -362,7 +362,6 @@ class Coordinator:
             clock=lambda: self._watched.look(self._clock()),
             pace=self._pace,
         )
-        self._refusals = {client: said for client, said in self._refusals.items() if said[0] != number}
         self._begun += 1
         self.figures.begin()
         return self._sessions.begin(self._trunk_round)

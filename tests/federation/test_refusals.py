@@ -105,7 +105,7 @@ def test_one_that_lost_its_place_can_make_the_quorum_when_the_round_begins_again
     machine.refuse("b", 1, LONG, now_s=2)
     assert not machine.has_refused_too_many(2)
     assert machine.begin_again_where_it_must(2)
-    assert machine.working == ["a", "b", "c"]
+    assert machine.working == ["a", "c"]
 
 
 def test_too_many_are_refused_where_beginning_again_would_make_no_quorum_either() -> None:
@@ -120,11 +120,12 @@ def test_too_many_are_refused_where_beginning_again_would_make_no_quorum_either(
     assert machine.has_refused_too_many(4)
 
 
-def test_a_round_that_begins_again_has_refused_nobody_and_says_that_it_did() -> None:
+def test_in_a_round_that_begins_again_there_is_no_second_try() -> None:
     machine = rounds_of("ab")
     machine.refuse("a", 1, LONG, now_s=1)
     assert not machine.take_out("b", 2)
-    assert (machine.refused, machine.absences.begun_again) == ({}, 1)
-    assert machine.may_start("a")
-    finish_round(machine, now_s=3)
+    assert (machine.refused, machine.absences.begun_again) == ({"a": LONG}, 1)
+    assert machine.working == ["b"]
+    assert finish_round(machine, now_s=3) == ["b"]
     assert machine.absences.begun_again == 0
+    assert machine.working == ["a", "b"]

@@ -257,6 +257,21 @@ async def test_one_alone_that_starts_again_begins_the_round_again(
     assert agents_of(run) == [["a"]]
 
 
+async def test_one_whose_update_was_refused_has_no_part_in_a_round_that_begins_again(open_run: OpenRun) -> None:
+    run = open_run(agents=3, quorum=2)
+    sessions = await start(run, *"abc")
+    await step_together(sessions, *range(STEPS))
+    with pytest.raises(UpdateRefused):
+        await submit(run, "a", value=math.nan)
+    await run.coordinator.open_session("b", 1, b"")
+    with pytest.raises(RoundLost, match="has no part in round 1 now"):
+        await run.coordinator.open_session("a", 1, b"")
+    await finish(run, await open_all(run, *"bc"))
+    await run.coordinator.tick()
+    (line,) = run.metrics()
+    assert (list(line["agents"]), list(line["refused"]), line["begun_again"]) == (["b", "c"], ["a"], 1)
+
+
 async def test_all_that_start_again_one_after_the_other_begin_the_round_again(open_run: OpenRun) -> None:
     run = open_run(agents=3)
     await step_together(await start(run, *"abc"), 0)
