@@ -219,9 +219,11 @@ class ClientTrainer:
             yield from self._apply_by_one_norm(under_way, batches, step)
         else:
             # One call at a time waits for the cohort: a stream that breaks could let the mean overtake the step.
-            applied = None if self._exchanges else link.step(step)
+            if not self._exchanges:
+                applied = link.step(step)
             yield from self._gather(under_way, batches, step)
-            applied = applied or link.step(step)
+            if self._exchanges:
+                applied = link.step(step)
             self.optimiser.step(self._step_in_run(round, step))
             yield applied
             applied.result()

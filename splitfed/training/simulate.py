@@ -50,10 +50,10 @@ def simulate(
         training: Rounds, steps, batch size, optimiser.
         lora: Size and place of the adapter.
         codecs: Codec of each direction.
-        federation: Variant, cohort, quorum, merge_ends and staleness. ``agents`` may be left out, for
-            they are those of ``shards``; a section with a ``cohort`` or a ``quorum`` needs them all the same. Nobody is
-            late or silent here: ``straggler_margin``, ``over_selection`` and ``late_updates`` are refused, and
-            ``agent_timeout_s`` has no effect. Left out = SFLV1, with every client in every round.
+        federation: Variant, cohort, quorum, merge_ends and staleness. ``agents`` may be left out, for they are those of
+            ``shards``; a section with a ``cohort`` or a ``quorum`` needs them all the same. Nobody is late or silent
+            here: ``straggler_margin``, ``over_selection`` and ``late_updates`` are refused, and ``agent_timeout_s`` has
+            no effect. Left out = SFLV1, with every client in every round.
         aggregation: What becomes of a round's updates. A round goes on without an update that is refused, and undoes
             what its client trained; as a server does.
         trunk: The server's, where no client's trunk has the blocks of all others.

@@ -257,7 +257,8 @@ class SimulatedRun:
             self._result.oldest_step = max(self._result.oldest_step, *free.ages)
         adapter, self._optimisers[_SHARED] = self._trunk.shared_result(_SHARED)
         for name, part in parts.items():
-            take(name, Turn({}, _of_blocks(adapter, part.client.trunk)))
+            before = _of_blocks(self._result.adapter, part.client.trunk)
+            take(name, Turn(before, _of_blocks(adapter, part.client.trunk)))
         trained_by_any = [_of_blocks(adapter, part.client.trunk) for part in parts.values()]
         return {name: tensor for state in trained_by_any for name, tensor in state.items()}
 
