@@ -1,9 +1,7 @@
 """When a round opens, who is in it, and when it is over: a pure state machine, with the clock passed in."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 
 from splitfed.federation.absences import Absences
 from splitfed.federation.late import LateUpdates
@@ -372,8 +370,7 @@ class Rounds:
         if is_silent:
             self._members[client].place = Place.SILENT
         if not goes_on:
-            self._look(now_s)
-            self._begin_again(self._round)
+            self._begin_again(self._round, now_s)
         return goes_on
 
     def begin_again_where_it_must(self, now_s: float) -> bool:
@@ -384,8 +381,7 @@ class Rounds:
         """
         if self._round is None or not self._round.needs_those_taken_out(self._free()):
             return False
-        self._look(now_s)
-        self._begin_again(self._round)
+        self._begin_again(self._round, now_s)
         return True
 
     def is_complete(self) -> bool:
@@ -445,12 +441,13 @@ class Rounds:
         if self.phase is Phase.WAITING and self._members.are_all_here():
             self._open()
 
-    def _begin_again(self, round: OpenRound) -> None:
+    def _begin_again(self, round: OpenRound, now_s: float) -> None:
+        self._look(now_s)
         self._absences.begun_again += 1
         self._open(refused=round.refused)
 
-    def _open(self, *, refused: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._round = OpenRound(self.current, self.policy, refused=dict(refused))
+    def _open(self, *, refused: dict[str, str] | None = None) -> None:
+        self._round = OpenRound(self.current, self.policy, refused=refused or {})
         self._note_start(self._round.open(self._free(), self._clock.now_s))
 
     def _ask(self) -> None:

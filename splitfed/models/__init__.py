@@ -6,6 +6,7 @@ from splitfed.models.adapters import (
     add_adapter,
     initial_adapter,
     load_adapter_state,
+    own_names,
     remove_adapter,
 )
 from splitfed.models.base import resolve_base
@@ -46,6 +47,7 @@ __all__ = [
     "load_residual",
     "load_shell",
     "load_trunk",
+    "own_names",
     "partition",
     "remove_adapter",
     "residual_parameters",

@@ -81,6 +81,17 @@ def adapter_parameters(segment: Segment) -> dict[str, nn.Parameter]:
     return segment_factors(segment, TRAINED_ADAPTER)
 
 
+def own_names(segment: Segment, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Map names of some of a segment's parameters to those that the segment itself has for them, as a module.
+
+    Args:
+        segment: The segment.
+        parameters: Some of its parameters, by whole-model key or any other name.
+    """
+    own = {id(parameter): name for name, parameter in segment.named_parameters()}
+    return {name: own[id(parameter)] for name, parameter in parameters.items()}
+
+
 def adapter_state(segment: Segment) -> dict[str, Tensor]:
     """Copy a segment's adapter, by whole-model key.
 

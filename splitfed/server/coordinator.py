@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import TypeVar
 
 from safetensors import SafetensorError
@@ -401,8 +402,8 @@ class Coordinator:
         client, round = session.client, session.round
         taken = await self._trunk_round.take(session.slot)
         self._check_expected(session)
-        turn = self._updates.take(client, round, taken.adapter, ends, turn=taken.turn)
-        self._trunk_round.keep(client, taken, turn)
+        counted = self._updates.take(client, round, taken.adapter, ends, before=taken.before)
+        self._trunk_round.keep(client, replace(taken, adapter=counted))
         self.rounds.submit(client, round, self._clock())
         self.figures.count_update(client, contribution)
         if round < self.rounds.current:

@@ -62,14 +62,14 @@ class RoundUpdates:
             round: The round, from 1.
             late: Earlier rounds of which an update is still waited for.
         """
-        self._base, self._ends, self._round = {**state.trunk, **state.ends}, state.ends, round
+        self._base, self._round = {**state.trunk, **state.ends}, round
         self._bases = {**{number: self._bases[number] for number in late}, round: self._base}
         self._counted_before, self._counted = dict(state.counted), dict(state.counted)
         self._added: set[str] = set()
         self.refused, self.left_out = {}, []
         self._held: dict[str, Mapping[str, Tensor]] = {}
         self._contested = self._devices.contested
-        self._turns: dict[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor], Turn | None]] = {}
+        self._turns: dict[str, tuple[Mapping[str, Tensor], Turn]] = {}
         self._aggregator.begin(self._base, round)
 
     @property
@@ -116,8 +116,8 @@ class RoundUpdates:
         trunk: Mapping[str, Tensor],
         ends: Mapping[str, Tensor],
         *,
-        turn: Turn | None = None,
-    ) -> Turn | None:
+        before: Mapping[str, Tensor] | None = None,
+    ) -> Mapping[str, Tensor]:
         """Count a client's update, or hold it until it is known what the shared trunk has trained on its behalf.
 
         Args:
@@ -125,18 +125,19 @@ class RoundUpdates:
             round: The round that it was made in: this one, or an earlier one that it is late for.
             trunk: The trunk adapter that was trained on its behalf; empty where clients share one.
             ends: What it sent, by whole-model name.
-            turn: The trunk adapter before and after, where one goes from client to client.
+            before: The trunk adapter that this was trained from; left out = what the round began with.
 
         Returns:
-            The turn as it is counted: cut short if the change, with that of the ends, was longer than the run allows.
+            The trunk adapter that the next one in turn goes on from: ``trunk``, or less of its change if that, with the
+            change of the ends, was longer than the run allows.
 
         Raises:
             UpdateRefused: If its numbers are such that it is not counted; what is held is tried as well, as its client
                 would not hear later.
             ProtocolError: If it is no update of this round.
         """
-        counted = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._contested
-        of_trunk = {name: trunk[name] for name in counted}
+        merged = trunk.keys() if self._variant.averages_trunk else trunk.keys() & self._contested
+        of_trunk = {name: trunk[name] for name in merged}
         own_base = None
         if round < self._round:
             base = self._bases[round]
@@ -146,15 +147,18 @@ class RoundUpdates:
                 self._try(client, ends)
                 self._held[client] = ends
             else:
-                given, turn = turn, self._add(client, {**of_trunk, **ends}, own_base, turn)
-                if self._variant.takes_turns and self._devices.allows_own_cuts:
-                    self._turns[client] = trunk, ends, given
+                start = before or self._base
+                turn = Turn({name: start[name] for name in trunk}, trunk) if self._variant.takes_turns else None
+                counted = self._add(client, {**of_trunk, **ends}, own_base, turn)
+                trunk = trunk if counted is None else counted.after
+                if turn is not None and self._devices.allows_own_cuts:
+                    self._turns[client] = ends, turn
         except UpdateRefused:
             raise
         except ValueError as error:
             raise ProtocolError(f"The update of {client!r} cannot be averaged: {error}") from error
         self._counted[client] = round
-        return turn
+        return trunk
 
     def result(self, shared: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Give what the round's updates come to: the adapter of all keys, and the rule's figures.
@@ -173,8 +177,6 @@ class RoundUpdates:
             except ValueError as error:
                 self._leave_out(client, str(error))
         kept = {name: tensor for name, tensor in shared.items() if name not in contested}
-        if not contested and not self._variant.averages_trunk:
-            return {**self._ends, **kept}, _told({"clipped": self._aggregator.clipped})
         if len(self._added) < self._rule.least_updates:  # others were refused, or keep all that they train
             for client in sorted(self._added - self.refused.keys()):
                 self._leave_out(
@@ -195,8 +197,8 @@ class RoundUpdates:
         turn: Turn | None = None,
     ) -> Turn | None:
         """Count what a client trained, if it trained anything; gives its turn as it is counted."""
-        if not state and turn is None:
-            return None
+        if not state and (turn is None or not turn.after):
+            return turn
         counted = self._aggregator.add(client, Update(state, self._weight(client), base, turn))
         if state:
             self._added.add(client)
@@ -210,8 +212,8 @@ class RoundUpdates:
         self._contested, self._added = contested, self._added - self._turns.keys()
         if self._turns:
             self._aggregator.begin(self._base, self._round)
-        for client, (trunk, ends, turn) in self._turns.items():
-            of_trunk = {name: trunk[name] for name in trunk.keys() & self._contested}
+        for client, (ends, turn) in self._turns.items():
+            of_trunk = {name: turn.after[name] for name in turn.after.keys() & self._contested}
             self._add(client, {**of_trunk, **ends}, None, turn)
 
     def _leave_out(self, client: str, why: str) -> None:

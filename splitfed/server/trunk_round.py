@@ -10,7 +10,6 @@ from torch import Tensor
 
 from splitfed.config import FederationSection
 from splitfed.errors import LinkError, RoundLost
-from splitfed.federation import Turn
 from splitfed.federation.variants import ASYNC, Staleness, Variant
 from splitfed.server.engine import Engine
 from splitfed.training.joint_pace import JointPace
@@ -27,12 +26,12 @@ class Taken:
     Attributes:
         adapter: The trunk adapter that it leaves; empty where clients share one.
         optimiser: Its optimiser's state.
-        turn: The same adapter beside the one that the client began with, where one goes from client to client.
+        before: The trunk adapter that it began with.
     """
 
     adapter: Mapping[str, Tensor] = field(default_factory=dict)
-    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
-    turn: Turn | None = None
+    optimiser: dict[str, Tensor] = field(default_factory=dict)
+    before: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class TrunkRound:
@@ -145,23 +144,15 @@ class TrunkRound:
         if self._variant.shares_adapter:
             return Taken()
         adapter, optimiser = await self._engine.snapshot(slot)
-        if not self._variant.takes_turns:
-            return Taken(adapter, optimiser)
-        return Taken(adapter, optimiser, Turn({name: self._adapter[name] for name in adapter}, adapter))
+        return Taken(adapter, optimiser, {name: self._adapter[name] for name in adapter})
 
-    def keep(self, client: str, taken: Taken, turn: Turn | None) -> None:
-        """Go on from what was taken of a client whose update is counted.
-
-        Args:
-            client: The client.
-            taken: What was taken.
-            turn: Its turn as it is counted, where one adapter goes from client to client.
-        """
-        if turn is not None:
-            self._adapter |= turn.after
+    def keep(self, client: str, taken: Taken) -> None:
+        """Go on from what was taken of a client whose update is counted, with the adapter that it is counted with."""
+        if self._variant.takes_turns:
+            self._adapter |= taken.adapter
             self.optimisers.setdefault(SHARED, {}).update(taken.optimiser)
         elif not self._variant.shares_adapter:
-            self.optimisers[client] = dict(taken.optimiser)
+            self.optimisers[client] = taken.optimiser
 
     async def result(self) -> dict[str, Tensor]:
         """Give the trunk adapter that the round leaves, where it is not a mean of copies; empty where it is."""

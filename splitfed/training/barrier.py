@@ -1,10 +1,13 @@
 """Calls that wait until every member of a group has made the same one."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any
 
 from splitfed.errors import LinkError, ProtocolError, RoundLost, ServerUnreachable
+
+_log = logging.getLogger(__name__)
 
 Key = tuple[str, int, int]
 """What is asked, its local step, its micro-batch."""
@@ -99,11 +102,9 @@ class Barrier:
             return
         self._begun.update(members)
         answers = [asked[member][1] for member in members]
-        try:
-            done = self._run(key, members, [asked[member][0] for member in members])
-        except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
-            done = Future()
-            done.set_exception(error)
+        begun: Future[Future[Any]] = Future()
+        settle(begun, lambda: self._run(key, members, [asked[member][0] for member in members]))
+        done = begun.result() if begun.exception() is None else begun
         done.add_done_callback(lambda done: hand_out(done, answers))
 
     def _let_those_out_of_step_go(self) -> bool:
@@ -150,6 +151,7 @@ def settle(answer: Future[Any], work: Callable[[], Any]) -> None:
     try:
         answer.set_result(work())
     except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
+        _log.debug("what was asked for failed: %s", error)
         answer.set_exception(error)
 
 
@@ -160,13 +162,14 @@ def hand_out(done: Future[Any], answers: Sequence[Future[Any]]) -> None:
         done: What was run, over.
         answers: Those that wait for it, in the order of its parts; a part that is an error is this one's alone.
     """
-    try:
-        parts: Sequence[Any] = done.result()
-    except CancelledError:
+    parts: Sequence[Any]
+    if done.cancelled():
         parts = [ServerUnreachable("The server shut down before it came to this; come back when it is up again.")]
         parts *= len(answers)
-    except Exception as error:  # noqa: BLE001  # whatever went wrong is the answer
+    elif (error := done.exception()) is not None:
         parts = [error] * len(answers)
+    else:
+        parts = done.result()
     for answer, part in zip(answers, parts, strict=True):
         if isinstance(part, Exception):
             answer.set_exception(part)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from splitfed.errors import ProtocolError
-from splitfed.models import Trunk, adapter_parameters, fitted_residual, residual_parameters
+from splitfed.models import Trunk, adapter_parameters, fitted_residual, own_names, residual_parameters
 from splitfed.training.barrier import settle
 from splitfed.training.link import LinkCodecs, Traffic, cross
 
@@ -64,14 +64,11 @@ class TrunkSequence:
         self._trunk = trunk
         self._parameter = next(trunk.parameters())
         self._cache = trunk.new_cache()
-        local_names = {id(parameter): name for name, parameter in trunk.named_parameters()}
-        self._tensors = {
-            local_names[id(parameter)]: adapter[name].to(self._parameter.device)
-            for name, parameter in adapter_parameters(trunk).items()
-        }
         fitted = fitted_residual(trunk, residual)
-        for name, parameter in residual_parameters(trunk).items():
-            self._tensors[local_names[id(parameter)]] = fitted[name]
+        self._tensors = {
+            own: adapter[name].to(self._parameter.device)
+            for name, own in own_names(trunk, adapter_parameters(trunk)).items()
+        } | {own: fitted[name] for name, own in own_names(trunk, residual_parameters(trunk)).items()}
 
     @torch.no_grad()
     def forward(self, smashed_1TD: Tensor) -> Tensor:

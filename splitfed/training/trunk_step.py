@@ -7,7 +7,15 @@ from torch import Tensor
 
 from splitfed.config import TrainingSection
 from splitfed.errors import ProtocolError
-from splitfed.models import Segment, Trunk, adapter_parameters, fitted_residual, residual_parameters, trunk_slice
+from splitfed.models import (
+    Segment,
+    Trunk,
+    adapter_parameters,
+    fitted_residual,
+    own_names,
+    residual_parameters,
+    trunk_slice,
+)
 from splitfed.privacy.denoise import Denoiser
 from splitfed.training.trunk_adapter import TrunkAdapter
 from splitfed.training.trunk_pass import TrunkPasses, backward_pass
@@ -341,18 +349,12 @@ class TrunkTrainer:
         """Give the residual by a trunk's own names; empty before there is one."""
         if not self._residual:
             return {}
-        local_names = {id(parameter): name for name, parameter in trunk.named_parameters()}
-        return {
-            local_names[id(parameter)]: self._residual[name] for name, parameter in residual_parameters(trunk).items()
-        }
+        return {own: self._residual[name] for name, own in own_names(trunk, residual_parameters(trunk)).items()}
 
     def _names(self, trunk: Segment) -> dict[str, str]:
         """Map whole-model names of a trunk's adapter to those of its own parameters."""
         if trunk not in self._local_names:
-            local_names = {id(parameter): name for name, parameter in trunk.named_parameters()}
-            self._local_names[trunk] = {
-                name: local_names[id(parameter)] for name, parameter in adapter_parameters(trunk).items()
-            }
+            self._local_names[trunk] = own_names(trunk, adapter_parameters(trunk))
         return self._local_names[trunk]
 
     def _slot(self, slot: str) -> Slot:

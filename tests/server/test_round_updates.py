@@ -11,7 +11,7 @@ from torch import Tensor
 from splitfed.config import FederationSection, LoraSection, ModelSection, RunConfig, RunIdentity
 from splitfed.config.aggregation import AggregationSection
 from splitfed.errors import ProtocolError
-from splitfed.federation import Turn, UpdateRefused
+from splitfed.federation import UpdateRefused
 from splitfed.server.devices import Devices, shapes_of
 from splitfed.server.round_updates import RoundUpdates
 from splitfed.server.store import RunState
@@ -265,7 +265,7 @@ def test_a_turn_that_is_too_long_is_refused_though_the_ends_are_as_they_were(beg
     updates = begun("sflv2", aggregation={"refuse_norm": 4.0})
     after = factors(1.0, 2.0, trunk=True)
     with pytest.raises(UpdateRefused, match="above refuse_norm = 4"):
-        updates.take("a", 1, after, factors(1.0, 0.0), turn=Turn(START.trunk, after))
+        updates.take("a", 1, after, factors(1.0, 0.0), before=START.trunk)
     assert updates.counted == {}
 
 
@@ -273,10 +273,9 @@ def test_a_turn_that_is_too_long_is_refused_though_the_ends_are_as_they_were(beg
 def test_a_long_turn_is_cut_short_and_the_metrics_say_so(begun: MakeUpdates, state: RunState) -> None:
     updates = begun("sflv2", state=state, aggregation={"norm_bound": math.sqrt(6.0)})
     after = factors(1.0, 2.0, trunk=True)
-    turn = updates.take("a", 1, after, state.ends, turn=Turn(state.trunk, after))
-    assert turn is not None
-    torch.testing.assert_close(turn.after, factors(1.0, 1.0, trunk=True))
-    _, notes = updates.result(turn.after)
+    counted = updates.take("a", 1, after, state.ends, before=state.trunk)
+    torch.testing.assert_close(counted, factors(1.0, 1.0, trunk=True))
+    _, notes = updates.result(counted)
     assert notes == {"clipped": 1}
 
 
